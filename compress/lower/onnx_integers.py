@@ -1,0 +1,224 @@
+"""Quantized ONNX graphs in the shape that runtimes fuse into integer kernels.
+
+A runtime takes a convolution for an integer one where everything around it is written down: input and output behind a
+quantize/dequantize pair, weights as int8 and the bias as int32 behind a dequantize. So every tensor has one pair,
+shared by its readers; what only moves numbers has its input's pair behind it again; a ReLU goes where the grid behind
+it starts at zero anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from compress.lower.plain import Grid, integer_weights
+
+_MOVES = {
+    *("Slice", "Pad", "Reshape", "Flatten", "Transpose", "MaxPool", "Squeeze", "Unsqueeze", "Identity", "Gather"),
+    *("DepthToSpace", "SpaceToDepth", "Expand"),
+}
+_CHANNELS_FIRST = {"Conv": 0, "Gemm": 0}
+_INT32 = 2**31 - 1
+
+
+@torch.library.custom_op("compress::pair", mutates_args=())
+def _pair_operator(x: Tensor, scale: float, zero_point: int, largest: int) -> Tensor:
+    """Only ever exported: stands for a quantize/dequantize pair between torch and the ONNX file."""
+    return Grid(scale, zero_point, largest)(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+@_pair_operator.register_fake
+def _(x: Tensor, scale: float, zero_point: int, largest: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Pair(nn.Module):
+    """A `Grid` in the form that `translations` writes."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _pair_operator(x, self.grid.scale, self.grid.zero_point, self.grid.largest)
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How the exporter writes a `Pair`: quantize, cut to the integers of fewer than 8 bits, dequantize."""
+    from onnxscript import opset18 as op
+
+    def pair(x: Any, scale: float, zero_point: int, largest: int) -> Any:
+        step = op.Constant(value_float=scale)
+        zero = op.Constant(value=ir.tensor(np.array(zero_point, np.uint8)))
+        integers = op.QuantizeLinear(x, step, zero)
+        if largest < 255:
+            integers = op.Min(integers, op.Constant(value=ir.tensor(np.array(largest, np.uint8))))
+        return op.DequantizeLinear(integers, step, zero)
+
+    return {torch.ops.compress.pair.default: pair}
+
+
+def integers(model: ir.Model, scales: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write the weights named in `scales` (initializer -> scale of each output channel) as integers, in place.
+
+    Returns:
+        the weights that stay float, with the reason.
+    """
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type == "QuantizeLinear":
+            _drop_clip(node)
+    kept = {}
+    done: set[str] = set()
+    for node in list(graph):
+        if node.op_type in _CHANNELS_FIRST and (reason := _layer(graph, node, scales, done)):
+            kept[node.inputs[1].name or ""] = reason  # type: ignore[union-attr]  # a layer has weights
+        if node.op_type in _MOVES or _moves_by_convolution(node):
+            _pair_behind(graph, node)
+    for name in scales:
+        if name not in done and name not in kept:
+            kept[name] = "the exporter wrote it in another form"
+    for value in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
+        del graph.initializers[value.name]  # type: ignore[arg-type]  # an initializer has a name
+    return kept
+
+
+def _layer(graph: ir.Graph, node: ir.Node, scales: Mapping[str, Tensor], done: set[str]) -> str:
+    """Put the weights, and the bias where the input is quantized, behind a dequantize; gives back why not, or ""."""
+    weight = node.inputs[1]
+    name = (weight.name if weight is not None else "") or ""
+    scale = scales.get(name)
+    if scale is None and _one_hot(node):
+        scale = torch.ones(len(_array(node.inputs[1])))
+    if scale is None:
+        return ""
+    if node.op_type == "Gemm" and not _is_plain_gemm(node):
+        return "its matrix product has factors"
+    array = _array(weight)
+    found = integer_weights(torch.from_numpy(array.copy()), scale)
+    if found is None:
+        return "its weights are not integers times the scales"
+    done.add(name)
+    _dequantized(graph, node, 1, found.numpy(), scale.numpy(), name)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if bias is None or source is None or source.op_type != "DequantizeLinear":
+        return ""
+    step = _array(source.inputs[1]) * scale.numpy()
+    units = np.round(_array(bias).astype(np.float64) / step.astype(np.float64))
+    if np.abs(units).max() > _INT32:
+        return "its bias is too large for 32 bits in units of its weights"
+    _dequantized(graph, node, 2, units.astype(np.int32), step, bias.name or "")
+    return ""
+
+
+def _dequantized(
+    graph: ir.Graph, node: ir.Node, index: int, numbers: np.ndarray[Any, Any], scale: np.ndarray[Any, Any], name: str
+) -> None:
+    """Let input `index` of the node come from `numbers` through a dequantize along the first axis."""
+    inputs = [_initializer(graph, f"{name}_{numbers.dtype}", numbers), _initializer(graph, f"{name}_scale", scale)]
+    dequantize = ir.node("DequantizeLinear", inputs, {"axis": 0})
+    dequantize.outputs[0].name = f"{name}_{node.outputs[0].name}"
+    graph.insert_before(node, dequantize)
+    node.replace_input_with(index, dequantize.outputs[0])
+
+
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    known = graph.initializers.get(name)
+    if known is not None and np.array_equal(_array(known), array):
+        return known
+    while name in graph.initializers:
+        name += "_"
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _pair_behind(graph: ir.Graph, node: ir.Node) -> None:
+    """The grid of the node's input again behind the node."""
+    source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    if source is None or source.op_type != "DequantizeLinear":
+        return
+    if node.op_type == "Pad" and not _pads_zero(node):
+        return
+    for output in node.outputs:
+        if not output.uses() or output.is_graph_output():
+            continue
+        readers = list(output.uses())
+        quantize = ir.node("QuantizeLinear", [output, *source.inputs[1:]])
+        dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *source.inputs[1:]])
+        quantize.outputs[0].name = f"{output.name}_quantized"
+        dequantize.outputs[0].name = f"{output.name}_dequantized"
+        graph.insert_after(node, [quantize, dequantize])
+        for reader, index in readers:
+            reader.replace_input_with(index, dequantize.outputs[0])
+
+
+def _pads_zero(node: ir.Node) -> bool:
+    mode = node.attributes.get("mode")
+    if mode is not None and mode.as_string() != "constant":
+        return True
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    return value is None or (_constant(value) is not None and not _array(value).any())
+
+
+def _drop_clip(quantize: ir.Node) -> None:
+    """Read past a ReLU or clip that the grid makes anyway."""
+    clip = quantize.inputs[0].producer() if quantize.inputs[0] is not None else None
+    if clip is None or clip.op_type not in ("Relu", "Clip") or len(clip.outputs[0].uses()) != 1:
+        return
+    step, zero = float(_array(quantize.inputs[1])), int(_array(quantize.inputs[2]))
+    low, high = 0.0, float("inf")
+    if clip.op_type == "Clip":
+        bounds = [*clip.inputs[1:], None, None][:2]
+        if any(bound is not None and _constant(bound) is None for bound in bounds):
+            return
+        low, high = (
+            float(_array(bound)) if bound is not None else default
+            for bound, default in zip(bounds, (float("-inf"), float("inf")), strict=True)
+        )
+    if -zero * step >= low and (255 - zero) * step <= high * (1 + 1e-5):
+        quantize.replace_input_with(0, clip.inputs[0])
+        assert clip.graph is not None
+        clip.graph.remove(clip, safe=True)
+
+
+def _moves_by_convolution(node: ir.Node) -> bool:
+    return node.op_type == "Conv" and len(node.inputs) == 2 and _one_hot(node)
+
+
+def _one_hot(node: ir.Node) -> bool:
+    """Whether a depthwise convolution only moves each channel: one weight is 1, the others are 0."""
+    weight = node.inputs[1]
+    while weight is not None and weight.producer() is not None:
+        weight = weight.producer().inputs[0]  # type: ignore[union-attr]  # just seen
+    if weight is None or _constant(weight) is None or node.op_type != "Conv":
+        return False
+    array = _array(weight)
+    return array.shape[1] == 1 and bool(((array == 0) | (array == 1)).all() and (array.sum((1, 2, 3)) == 1).all())
+
+
+def _is_plain_gemm(node: ir.Node) -> bool:
+    def number(name: str) -> float:
+        attribute = node.attributes.get(name)
+        return 1.0 if attribute is None else float(attribute.value)
+
+    transposed = node.attributes.get("transB")
+    return transposed is not None and transposed.as_int() == 1 and number("alpha") == 1 and number("beta") == 1
+
+
+def _constant(value: ir.Value) -> Any:
+    return ir.convenience.get_const_tensor(value)
+
+
+def _array(value: ir.Value | None) -> np.ndarray[Any, Any]:
+    assert value is not None
+    tensor = _constant(value)
+    assert tensor is not None, f"{value.name} is not a constant"
+    return np.asarray(tensor.numpy())

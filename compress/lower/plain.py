@@ -1,0 +1,121 @@
+"""From a trained model to plain torch layers: the form that is exported."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compress.lower.fold import fold_batch_norm
+from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
+from compress.surgery import is_ours, kind, leaves, replace
+
+
+class Grid(nn.Module):
+    """Puts a tensor on a fixed grid: `FakeQuantize` in arithmetic, bit for bit.
+
+    torch's own operator cannot be exported with a dynamic batch (2.13: it has no kernel that only tells the shape).
+    """
+
+    def __init__(self, scale: float, zero_point: int, largest: int) -> None:
+        super().__init__()
+        self.scale, self.zero_point, self.largest = scale, zero_point, largest
+        self.inverse = float(1 / torch.tensor(scale))  # in float32, as torch's kernel has it
+
+    def forward(self, x: Tensor) -> Tensor:
+        integers = (x * self.inverse + self.zero_point).round().clamp(0, self.largest)
+        return (integers - self.zero_point) * self.scale
+
+
+def lower(model: nn.Module, target: str) -> nn.Module:
+    """A copy in evaluation mode that computes the same with torch's own layers, as fast as `target` can run it.
+
+    Parametrizations are baked into their weights, batch norm is folded, layers of ours are replaced by what their
+    `lower(target)` gives, activation quantizers get fixed numbers. `model.input` is kept.
+    """
+    lowered = copy.deepcopy(model).eval()
+    for module in list(lowered.modules()):
+        if parametrize.is_parametrized(module):
+            bake(module)
+    fold_batch_norm(lowered)
+    for module in [m for _, m in leaves(lowered)]:
+        new = module
+        if is_ours(module):
+            new = module.lower(target)  # type: ignore[operator]  # by its contract
+        elif isinstance(module, FakeQuantize):
+            new = Grid(float(module.scale), int(module.zero_point), module.largest)
+        if new is not module:
+            lowered = replace(lowered, module, new.eval())
+    for parameter in lowered.parameters():
+        parameter.requires_grad_(False)
+    return lowered
+
+
+def bake(module: nn.Module) -> None:
+    """Make the parametrized tensors of this one module plain parameters of the values they have now.
+
+    Unlike torch's `remove_parametrizations` this leaves the class alone, which a deep copy shares with its original:
+    there, baking the copy breaks the original.
+    """
+    lists = module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    values = {name: getattr(module, name).detach().clone() for name in lists}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
+
+
+def weight_scales(model: nn.Module) -> dict[str, Tensor]:
+    """Layer name -> the scale of each output channel (N,), for layers whose weights are integers times it.
+
+    For a layer of ours these are the scales of its output convolutions, one after the other.
+    """
+    scales = {}
+    for name, layer in leaves(model):
+        if is_ours(layer):
+            inner = layer.output_convolutions() if hasattr(layer, "output_convolutions") else ()
+        elif kind(layer) in (nn.Conv2d, nn.Linear):
+            inner = (layer,)
+        else:
+            continue
+        parts = [_scale(convolution) for convolution in inner]
+        known = [part for part in parts if part is not None]
+        if known and len(known) == len(parts):
+            scales[name] = torch.cat(known).detach().cpu()
+    return scales
+
+
+def matching_scales(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
+    """The scales of `model` by the names of the layers of `plain` (= `lower(model)`) whose weights have them.
+
+    What became of one layer is searched for the layer whose weights are integers times the scales.
+    """
+    found = {}
+    for name, scale in weight_scales(model).items():
+        place = plain.get_submodule(name)
+        for inner, layer in place.named_modules():
+            if kind(layer) in (nn.Conv2d, nn.Linear) and integer_weights(layer.weight, scale) is not None:  # type: ignore[arg-type]  # a Tensor, by its kind
+                found[f"{name}.{inner}".strip(".")] = scale
+    return found
+
+
+def integer_weights(weight: Tensor, scale: Tensor) -> Tensor | None:
+    """The int8 integers with `weight == integers * scale` (axis 0), or None where the weight is not on that grid."""
+    if len(scale) != len(weight):
+        return None
+    shape = (-1, *[1] * (weight.dim() - 1))
+    integers = (weight.double() / scale.double().view(shape)).round()
+    again = integers.float() * scale.view(shape)
+    if float(integers.abs().max()) > 127 or not torch.allclose(again, weight, rtol=1e-5, atol=0):
+        return None
+    return integers.to(torch.int8)
+
+
+def _scale(layer: nn.Module) -> Tensor | None:
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    last = list(layer.parametrizations.weight)[-1]  # type: ignore[union-attr,arg-type]  # untyped in torch
+    return last.scale if isinstance(last, FakeQuantizeWeight) else None

@@ -1,0 +1,69 @@
+"""A model as a `torch.export` file, which `torch.export.load` reads without this package."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compress.lower.parity import parity
+from compress.lower.plain import integer_weights, lower, matching_scales
+
+
+def export_pt2(model: nn.Module, example: Tensor, path: Path) -> dict[str, Any]:
+    """Write `model` to `path` with core torch operators only and a dynamic batch.
+
+    Weights that are integers times a scale stay int8 in the file. `example` is a batch of at least two, (N, C, H, W).
+
+    Returns:
+        {"file", "bytes", "parity": [{"batch", "max_abs", "top1_agreement"}, ...]} of what the file, read again, gives.
+    """
+    plain = lower(model, "torch").cpu()
+    for name, scale in matching_scales(model, plain).items():
+        _keep_integers(plain.get_submodule(name), scale)
+    program = exported(plain, example.detach().cpu())
+    torch.export.save(program, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree code, on every load
+        file = torch.export.load(path).module()
+    rows = parity(lower(model, "torch").cpu(), file, example)
+    return {"file": str(path), "bytes": path.stat().st_size, "parity": rows}
+
+
+def exported(plain: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The model as a graph of core operators whose batch is free. `example` must hold at least two images."""
+    if len(example) < 2:
+        raise ValueError(f"`example` has {len(example)} image; give at least 2, or the batch size becomes fixed.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree code, on every export
+        batch = torch.export.Dim("batch", min=1)
+        return torch.export.export(plain, (example,), dynamic_shapes=({0: batch},))
+
+
+class _Integers(nn.Module):
+    """A parametrization: int8 in the state, float to those who read it."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, integers: Tensor) -> Tensor:
+        return integers.to(self.scale.dtype) * self.scale
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
+        # a tuple, because torch wants a lone tensor to keep its dtype
+        return ((weight / self.scale).round().to(torch.int8),)
+
+
+def _keep_integers(layer: nn.Module, scale: Tensor) -> None:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if integer_weights(weight, scale) is not None:
+        shape = (-1, *[1] * (weight.dim() - 1))
+        parametrize.register_parametrization(layer, "weight", _Integers(scale.view(shape)), unsafe=True)

@@ -1,0 +1,150 @@
+"""Which tensors of a model an integer runtime wants quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from compress.surgery import kind
+
+# What moves numbers about without changing them: its output is on the same grid as its input.
+_MOVES = {
+    *("getitem", "pad", "max_pool2d", "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze"),
+    *("chunk", "split", "contiguous", "expand", "narrow", "select", "roll", "flip", "clone", "detach", "movedim"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unflatten", "unbind"),
+}
+_MOVING_LAYERS = {
+    *(nn.Identity, nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Dropout, nn.Dropout2d),
+}
+_CLIPS = {"relu", "relu_", "relu6", "clamp_min", "clamp_min_"}
+_CLIPPING_LAYERS = {nn.ReLU, nn.ReLU6}
+_ARITHMETIC = {"add", "iadd", "sub", "mul", "imul", "cat", "concat", "concatenate", "add_", "mul_"}
+# What stays among integers when its input comes from there, each with a grid of its own behind it.
+_FOLLOWING = {
+    *("avg_pool2d", "adaptive_avg_pool2d", "mean", "interpolate", "relu", "relu_", "relu6", "leaky_relu", "elu"),
+    *("sigmoid", "tanh", "gelu", "silu", "hardswish", "hardsigmoid"),
+}
+_FOLLOWING_LAYERS = {
+    *(nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.PReLU),
+    *(nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.BatchNorm2d),
+}
+_LAST = {"softmax", "log_softmax", "sigmoid"}
+_LAST_LAYERS = {nn.Softmax, nn.LogSoftmax, nn.Sigmoid}
+
+
+@dataclass
+class Tensors:
+    """What was found: the places to quantize in the order of the forward pass, and each layer's call sites."""
+
+    places: list[str] = field(default_factory=list)
+    inputs: dict[str, list[str | None]] = field(default_factory=dict)  # layer -> place its input is quantized at
+
+
+def quantizable(graph: fx.Graph, model: nn.Module, chosen: Collection[nn.Module], floating: Collection[str]) -> Tensors:
+    """The places to quantize so that the `chosen` layers, and additions and pools among them, run on integers.
+
+    A tensor is quantized once, behind its ReLU where only the ReLU reads it, for all its readers; what only moves
+    numbers keeps the grid of its input; what the model returns stays float. `floating` names the nodes that are
+    float tensors (shapes and sizes are not).
+    """
+    return _Search(graph, model, chosen, floating).run()
+
+
+class _Search:
+    def __init__(
+        self, graph: fx.Graph, model: nn.Module, chosen: Collection[nn.Module], floating: Collection[str]
+    ) -> None:
+        self.graph, self.model = graph, model
+        self.chosen = {id(layer) for layer in chosen}
+        self.floating = set(floating)
+        self.integer: set[fx.Node] = set()
+
+    def run(self) -> Tensors:
+        for node in self.graph.nodes:
+            if self._layer(node) or (
+                self._is(node, _ARITHMETIC | _FOLLOWING, _FOLLOWING_LAYERS)
+                and any(self._source(n) in self.integer for n in node.all_input_nodes)
+            ):
+                self.integer.add(node)
+        returned = self._returned()
+        wanted = {
+            self._behind_clip(node)
+            for node in self.graph.nodes
+            if node.name in self.floating and not self._moves(node) and (self._makes(node) or self._read(node))
+        }
+        quantized = {node for node in wanted if node not in returned and node.name in self.floating}
+        found = Tensors()
+        for node in self.graph.nodes:
+            if node in quantized:
+                found.places.append(node.meta["place"])
+            if self._layer(node):
+                source = self._source(node.all_input_nodes[0])
+                found.inputs.setdefault(str(node.target), []).append(
+                    source.meta["place"] if source in quantized else None
+                )
+        return found
+
+    def _layer(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and id(self.model.get_submodule(str(node.target))) in self.chosen
+
+    def _is(self, node: fx.Node, names: Collection[str], layers: Collection[type[nn.Module]]) -> bool:
+        if node.op == "call_module":
+            return kind(self.model.get_submodule(str(node.target))) in layers
+        return node.op in ("call_function", "call_method") and _name(node) in names
+
+    def _moves(self, node: fx.Node) -> bool:
+        return self._is(node, _MOVES, _MOVING_LAYERS) and bool(node.all_input_nodes)
+
+    def _clips(self, node: fx.Node) -> bool:
+        return self._is(node, _CLIPS, _CLIPPING_LAYERS)
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        """The node whose numbers these are."""
+        while self._moves(node):
+            node = node.all_input_nodes[0]
+        return node
+
+    def _makes(self, node: fx.Node) -> bool:
+        """Whether an integer kernel computes this, so that its output has to be quantized for it to be one."""
+        return node in self.integer and (self._layer(node) or self._is(node, _ARITHMETIC, ()))
+
+    def _read(self, node: fx.Node) -> bool:
+        """Whether an integer kernel reads this tensor, moved or not, behind a clip that only it has or not."""
+        waiting = [self._behind_clip(node)]
+        while waiting:
+            for reader in waiting.pop().users:
+                if self._moves(reader):
+                    waiting.append(reader)
+                elif reader in self.integer:
+                    return True
+        return False
+
+    def _behind_clip(self, node: fx.Node) -> fx.Node:
+        """The ReLU that alone reads this tensor, else the tensor itself."""
+        following = node
+        while len(following.users) == 1:
+            following = next(iter(following.users))
+            if self._clips(following):
+                return following
+            if not self._is(following, (), {nn.Identity}):
+                break
+        return node
+
+    def _returned(self) -> set[fx.Node]:
+        """What the model returns, and what it is moved or normalised from: the logits."""
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        found: set[fx.Node] = set()
+        waiting = list(output.all_input_nodes)
+        while waiting:
+            node = waiting.pop()
+            found.add(node)
+            if self._moves(node) or self._is(node, _LAST, _LAST_LAYERS):
+                waiting.append(node.all_input_nodes[0])
+        return found
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))

@@ -1,0 +1,24 @@
+"""What a model costs: weights and work counted, latency measured, energy estimated, accuracy with its uncertainty."""
+
+from __future__ import annotations
+
+from compress.measure.counts import Profile, profile
+from compress.measure.estimate import HOROWITZ_45NM, Energy, EnergyTable, energy
+from compress.measure.intervals import accuracy, paired, wilson
+from compress.measure.timing import RUNTIMES, Latency, available_threads, latency
+
+__all__ = [
+    "HOROWITZ_45NM",
+    "RUNTIMES",
+    "Energy",
+    "EnergyTable",
+    "Latency",
+    "Profile",
+    "accuracy",
+    "available_threads",
+    "energy",
+    "latency",
+    "paired",
+    "profile",
+    "wilson",
+]

@@ -1,0 +1,303 @@
+"""Convolution by shifts: a few displaced copies of each input channel, then a pointwise convolution.
+
+Wu et al., "Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Convolutions", CVPR 2018: fixed displacements.
+Jeon & Kim, "Constructing Fast Network through Deconstruction of Convolution", NeurIPS 2018: learned, bilinear.
+Chen et al., "All You Need is a Few Shifts", CVPR 2019: rounded with a straight-through gradient, L1 towards zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+LEARNING_RATE_SCALE = 0.01  # of displacements, as in every prototxt of Jeon & Kim
+
+
+def _pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """Nearest whole number, halves away from zero: what the published kernels do (`torch.round` takes the even one)."""
+    return torch.sign(x) * torch.floor(x.abs() + 0.5)
+
+
+def window(size: int) -> tuple[int, int]:
+    """The smallest and the largest displacement inside a kernel of this size: (-1, 1) for 3, (0, 1) for 2."""
+    return -((size - 1) // 2), size // 2
+
+
+def _hat(d: Tensor, size: int) -> Tensor:
+    """Bilinear weight of every window position for displacements `d`: (...) -> (..., size)."""
+    low, high = window(size)
+    positions = torch.arange(low, high + 1, device=d.device, dtype=d.dtype)
+    return (1 - (d.unsqueeze(-1) - positions).abs()).clamp(min=0)
+
+
+def _slope(d: Tensor, size: int) -> Tensor:
+    """Derivative of `_hat` after `d`; on the lattice the mean of both sides, at the window's edge the inner side."""
+    low, high = window(size)
+    positions = torch.arange(low, high + 1, device=d.device, dtype=d.dtype)
+
+    def of_cell(left: Tensor) -> Tensor:
+        left = left.unsqueeze(-1)
+        return (positions == left + 1).to(d.dtype) - (positions == left).to(d.dtype)
+
+    last = max(high - 1, low)
+    right = of_cell(torch.floor(d).clamp(low, last))
+    left = of_cell((torch.ceil(d) - 1).clamp(low, last))
+    return (left + right) / 2 if size > 1 else torch.zeros_like(right)
+
+
+class _Taps(torch.autograd.Function):
+    """Displacements (C, T, 2) as (y, x) -> the weight of every window position (C, T, ky, kx)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, displacement: Tensor, kernel_size: tuple[int, int], quantize: bool, normalize: bool
+    ) -> Tensor:
+        ctx.save_for_backward(displacement)
+        ctx.settings = kernel_size, normalize
+        used = round_half_away(displacement) if quantize else displacement
+        rows, columns = _hat(used[..., 0], kernel_size[0]), _hat(used[..., 1], kernel_size[1])
+        return rows.unsqueeze(-1) * columns.unsqueeze(-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # torch's *args
+        (displacement,) = ctx.saved_tensors
+        (ky, kx), normalize = ctx.settings
+        grad = grad.to(displacement.dtype)
+        y, x = displacement[..., 0], displacement[..., 1]
+        # Straight through the rounding: the bilinear derivative where the displacement really is.
+        by_y = (grad * (_slope(y, ky).unsqueeze(-1) * _hat(x, kx).unsqueeze(-2))).sum((-2, -1))
+        by_x = (grad * (_hat(y, ky).unsqueeze(-1) * _slope(x, kx).unsqueeze(-2))).sum((-2, -1))
+        out = torch.stack((by_y, by_x), -1)
+        if normalize:
+            out = out / out.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(out.dtype).tiny)
+        return out, None, None, None
+
+
+def taps(
+    displacement: Tensor, kernel_size: tuple[int, int], quantize: bool = False, normalize: bool = False
+) -> Tensor:
+    """The weight that every position of the window gets from displacements (C, T, 2) in (y, x): (C, T, ky, kx).
+
+    Displacements count in steps of the kernel's grid (times its dilation in pixels) from its centre, and lie inside
+    it. Bilinear between grid points. With `quantize` they are rounded, and the gradient passes straight through; with
+    `normalize` the gradient of each displacement has length 1 (Jeon & Kim, section 3.3).
+    """
+    return _Taps.apply(displacement, kernel_size, quantize, normalize)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class ShiftConv2d(nn.Module):
+    """`taps` displaced copies of each input channel, then one pointwise convolution over all copies.
+
+    Maps (N, in_channels, H, W) as the k x k convolution of the same stride, padding, dilation and groups does. It is
+    that convolution with at most `taps` non-zero positions for each input channel, and is computed so: the pointwise
+    weights and the displacements are composed into one dense kernel, which trains as fast as the convolution.
+
+    `displacement` is (in_channels, taps, 2) in (y, x), see `taps`. Column `c * taps + t` of `pointwise.weight` belongs
+    to copy t of input channel c. With `learn` the displacements are trained, with `quantize` they are rounded in every
+    forward pass, `l1` is the weight of their L1 norm in the loss.
+
+    Raises:
+        ValueError: more taps than the kernel has positions, or none.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        taps: int,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        learn: bool = False,
+        quantize: bool = True,
+        l1: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.kernel_size = _pair(kernel_size)
+        positions = math.prod(self.kernel_size)
+        if not 1 <= taps <= positions:
+            raise ValueError(f"`taps` (={taps}) must be between 1 and the kernel's {positions} positions.")
+        self.in_channels, self.out_channels, self.taps = in_channels, out_channels, taps
+        self.stride, self.dilation = _pair(stride), _pair(dilation)
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.groups, self.padding_mode = groups, padding_mode
+        self.learn, self.quantize, self.l1 = learn, quantize, l1
+        self.displacement = nn.Parameter(self._spread(positions), requires_grad=learn)
+        self.pointwise = nn.Conv2d(in_channels * taps, out_channels, 1, groups=groups, bias=bias)
+
+    def _spread(self, positions: int) -> Tensor:
+        """Every copy of a channel on a grid point of its own, the centre first, then row by row."""
+        grid = self._grid()
+        centre = int((grid == 0).all(1).nonzero()[0])
+        order = [centre, *(p for p in range(positions) if p != centre)]
+        return grid[order[: self.taps]].repeat(self.in_channels, 1, 1)
+
+    def _grid(self) -> Tensor:
+        axes = [torch.arange(low, high + 1.0) for low, high in map(window, self.kernel_size)]
+        return torch.cartesian_prod(*axes)
+
+    @property
+    def integer(self) -> bool:
+        """Whether forward moves by whole grid steps, so that each copy has one place in the kernel."""
+        return self.quantize or bool((self.displacement == round_half_away(self.displacement)).all())
+
+    def kernel(self) -> Tensor:
+        """The dense kernel this layer equals: (out_channels, in_channels / groups, ky, kx)."""
+        if self.training and self.learn:
+            with torch.no_grad():
+                for axis, (low, high) in enumerate(map(window, self.kernel_size)):
+                    self.displacement[..., axis].clamp_(low, high)
+        places = taps(self.displacement, self.kernel_size, self.quantize, normalize=True)
+        g, positions = self.groups, math.prod(self.kernel_size)
+        weight = self.pointwise.weight.view(g, self.out_channels // g, self.in_channels // g, self.taps)
+        places = places.view(g, self.in_channels // g, self.taps, positions)
+        kernel = torch.einsum("goit,gitp->goip", weight, places.to(weight.dtype))
+        return kernel.reshape(self.out_channels, self.in_channels // g, *self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            left_right = _pair(padding)[::-1]
+            x = F.pad(x, [p for p in left_right for _ in range(2)], mode=self.padding_mode)
+            padding = 0
+        return F.conv2d(x, self.kernel(), self.pointwise.bias, self.stride, padding, self.dilation, self.groups)
+
+    def settle(self) -> None:
+        """Fix rounded displacements at their grid points and stop learning them; the output does not change.
+
+        Copies that met on one grid point are summed into the first; the others go, with weight zero, to free points,
+        so that every copy has a place of its own in the kernel. A layer that does not round is left alone.
+        """
+        if not self.quantize:
+            return
+        low = torch.tensor([window(size)[0] for size in self.kernel_size])
+        grid = (round_half_away(self.displacement.detach()).cpu() - low).long()
+        place = grid[..., 0] * self.kernel_size[1] + grid[..., 1]
+        weight = self.pointwise.weight.detach().clone()
+        per_group = self.in_channels // self.groups
+        met = False
+        for channel in range(self.in_channels):
+            free = [p for p in range(math.prod(self.kernel_size)) if p not in set(place[channel].tolist())]
+            rows = slice(*(channel // per_group + i for i in range(2)))
+            outputs = slice(*(r * (self.out_channels // self.groups) for r in (rows.start, rows.stop)))
+            column = channel % per_group * self.taps
+            for copy in range(1, self.taps):
+                earlier = place[channel, :copy].tolist()
+                if int(place[channel, copy]) in earlier:
+                    first = earlier.index(int(place[channel, copy]))
+                    weight[outputs, column + first] += weight[outputs, column + copy]
+                    weight[outputs, column + copy] = 0
+                    place[channel, copy] = free.pop(0)
+                    met = True
+        with torch.no_grad():
+            self.displacement.copy_(self._grid()[place])
+            if met and parametrize.is_parametrized(self.pointwise, "weight"):
+                self.pointwise.weight = weight
+            elif met:
+                self.pointwise.weight.copy_(weight)
+        self.displacement.requires_grad_(False)
+        self.learn = False
+
+    def penalty(self) -> Tensor:
+        """What the layer adds to the training loss: `l1` times the sum of its displacements' lengths."""
+        return self.l1 * self.displacement.abs().sum()
+
+    def parameter_rules(self) -> dict[str, dict[str, float]]:
+        """How an optimizer has to treat parameters of this layer: slower displacements, without weight decay."""
+        return {"displacement": {"lr_scale": LEARNING_RATE_SCALE, "weight_decay": 0.0}}
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": list(self.kernel_size),
+            "taps": self.taps,
+            "stride": list(self.stride),
+            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
+            "dilation": list(self.dilation),
+            "groups": self.groups,
+            "bias": self.pointwise.bias is not None,
+            "padding_mode": self.padding_mode,
+            "learn": self.learn,
+            "quantize": self.quantize,
+            "l1": self.l1,
+        }
+
+    def macs(self, input_shape: tuple[int, ...]) -> int:
+        """Multiply-adds for one image of `input_shape` (N, C, H, W): the pointwise ones; moving costs none."""
+        padding = [0, 0]
+        if not isinstance(self.padding, str):
+            padding = [2 * p for p in self.padding]
+        elif self.padding == "same":
+            padding = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        places = 1
+        for size, pad, k, d, s in zip(
+            input_shape[-2:], padding, self.kernel_size, self.dilation, self.stride, strict=True
+        ):
+            places *= (size + pad - d * (k - 1) - 1) // s + 1
+        return places * self.out_channels * (self.in_channels // self.groups) * self.taps
+
+    def output_convolutions(self) -> tuple[nn.Conv2d, ...]:
+        """The convolutions whose outputs are this layer's output."""
+        return (self.pointwise,)
+
+    def lower(self, target: str) -> nn.Module:
+        """The same function in plain torch modules.
+
+        One whole-pixel copy becomes a one-hot depthwise convolution and the pointwise one, which every runtime runs
+        much faster than a dense kernel; several become the dense kernel, which is faster than several copies.
+        """
+        device, dtype = self.displacement.device, self.pointwise.weight.dtype
+        spatial: dict[str, Any] = {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "padding_mode": self.padding_mode,
+        }
+        bias = self.pointwise.bias
+        with torch.no_grad():
+            if self.taps == 1 and self.integer:
+                move = nn.Conv2d(
+                    self.in_channels, self.in_channels, self.kernel_size, groups=self.in_channels, bias=False, **spatial
+                )
+                move.weight.copy_(taps(self.displacement, self.kernel_size, self.quantize))
+                mix = nn.Conv2d(self.in_channels, self.out_channels, 1, groups=self.groups, bias=bias is not None)
+                mix.weight.copy_(self.pointwise.weight)
+                lowered: nn.Module = nn.Sequential(move, mix)
+            else:
+                mix = nn.Conv2d(
+                    self.in_channels,
+                    self.out_channels,
+                    self.kernel_size,
+                    groups=self.groups,
+                    bias=bias is not None,
+                    **spatial,
+                )
+                mix.weight.copy_(self.kernel())
+                lowered = mix
+            if bias is not None and mix.bias is not None:
+                mix.bias.copy_(bias)
+        return lowered.to(device=device, dtype=dtype).train(self.training)
+
+    def extra_repr(self) -> str:
+        kernel = "x".join(str(k) for k in self.kernel_size)
+        text = f"{self.in_channels}, {self.out_channels}, {self.taps} of {kernel}"
+        for name, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+            value = getattr(self, name)
+            if value != default:
+                text += f", {name}={value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value}"
+        return text

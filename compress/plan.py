@@ -1,0 +1,253 @@
+"""From plain settings to everything a run needs, checked; or every problem at once.
+
+Nothing here trains, and nothing is written before `fresh` makes a run's folder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from compress import surgery
+from compress.data import Source, make_task
+from compress.errors import ConfigError
+from compress.models.weights import load_weights
+from compress.stage import Stage, order_problems
+from compress.targets import collecting, factory, stage
+from compress.task import PRECISIONS, Task
+
+Build = tuple[str, dict[str, Any]]
+
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "precision": PRECISIONS,
+    "target": ("onnxruntime", "openvino", "torch"),
+    "measure": ("ends", "all", "none"),
+}
+EXPORTS = ("onnx", "pt2")
+SETTINGS = {*CHOICES, "model", "data", "stages", "seed", "export", "cache", "out"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose settings have been checked. `out` is the folder asked for; see `fresh`."""
+
+    stages: dict[str, Stage]
+    task: Task
+    build: Build
+    weights: Path | None
+    train: Stage | None
+    out: Path
+    export: tuple[str, ...]
+    target: str
+    measure: str
+    cache: Path | None
+
+
+def make(settings: Mapping[str, Any]) -> Plan:
+    """The plan for a run: stages built, data opened, the base model built once and its weights tried.
+
+    Raises:
+        ConfigError: every problem that was found, one a line.
+    """
+    problems: list[str] = []
+    problems += [f"`{key}` is not a setting; see --help." for key in settings if key not in SETTINGS]
+    device = _choices(settings, problems)
+    seed = settings["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        problems.append(f"`seed` (={seed}) must be a whole number, 0 or more.")
+        seed = 0
+    out, cache = Path(str(settings["out"])), settings["cache"]
+    store = None if cache in (None, False, "off") else Path(str(cache))
+    for key, folder in (("out", out), ("cache", store)):
+        if folder is not None:
+            with collecting(problems):
+                require_writable(key, folder)
+    stages = _stages(settings["stages"], problems)
+    task = _task(settings["data"], settings["model"], device, str(settings["precision"]), seed, problems)
+    build, weights, train = _model(settings["model"], task, stages, problems)
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    assert task is not None and build is not None
+    return Plan(
+        stages=stages,
+        task=task,
+        build=build,
+        weights=weights,
+        train=train,
+        out=out,
+        export=tuple(_listed(settings["export"])),
+        target=settings["target"],
+        measure=settings["measure"],
+        cache=store,
+    )
+
+
+def fresh(out: Path) -> Path:
+    """Make the folder `out`; or `out-2`, `out-3`, ... where it exists and holds something."""
+    number, folder = 1, out
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if folder.is_dir() and not any(folder.iterdir()):
+                return folder
+            number += 1
+            folder = out.with_name(f"{out.name}-{number}")
+
+
+def require_writable(key: str, folder: Path) -> None:
+    """Raise `ConfigError` unless files can be written in `folder`, which need not exist; leaves nothing behind."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise ConfigError(
+            f"`{key}` (={folder}) cannot be written: {place}: {error.strerror}; choose another folder."
+        ) from error
+
+
+def _choices(settings: Mapping[str, Any], problems: list[str]) -> torch.device:
+    for key, known in CHOICES.items():
+        if settings[key] not in known:
+            problems.append(f"`{key}` (={settings[key]}) must be one of {', '.join(known)}.")
+    unknown = [name for name in _listed(settings["export"]) if name not in EXPORTS]
+    if unknown:
+        problems.append(f"`export` (={unknown[0]}) must be a list out of {', '.join(EXPORTS)}.")
+    if settings["target"] == "openvino" and find_spec("openvino") is None:
+        problems.append("`target` (=openvino) is not installed; pip install 'compress-cnn[openvino]'.")
+    device = settings["device"]
+    if device == "cuda" and not torch.cuda.is_available():
+        problems.append("`device` (=cuda) is not there: torch finds no CUDA device; use device=cpu.")
+        device = "cpu"
+    return torch.device("cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _stages(nodes: Any, problems: list[str]) -> dict[str, Stage]:
+    if not isinstance(nodes, Mapping) or not nodes:
+        problems.append("`stages` must name at least one stage, such as `int8: {_target_: compress.stages.Quantize}`.")
+        return {}
+    known = [name for name, node in nodes.items() if isinstance(node, Mapping) and "_target_" in node]
+    built: dict[str, Stage | None] = {}
+    for name, node in nodes.items():
+        if name in known:
+            built[str(name)] = stage(f"stages.{name}", node, problems)
+        else:
+            problems.append(
+                f"`stages.{name}` (={node}) is not a stage: it has no `_target_`, such as compress.stages.Quantize; "
+                f"the stages here are {', '.join(known) or 'none'}."
+            )
+    stages = {name: built_stage for name, built_stage in built.items() if built_stage is not None}
+    problems += order_problems(stages)
+    return stages
+
+
+def _task(node: Any, model: Any, device: torch.device, precision: str, seed: int, problems: list[str]) -> Task | None:
+    call = factory("data", node, ("batch_size", "calibration_images"), problems)
+    if call is None:
+        return None
+    function, target, arguments = call
+    if "seed" in inspect.signature(function).parameters:
+        arguments.setdefault("seed", seed)
+    sizes = {key: node[key] for key in ("batch_size", "calibration_images") if key in node}
+    for key, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            problems.append(f"`data.{key}` (={value}) must be a whole number.")
+            return None
+    with collecting(problems):
+        return make_task(
+            _opened(target, json.dumps(arguments)),
+            input=model.get("input") if isinstance(model, Mapping) else None,
+            device=device,
+            precision=precision if precision in PRECISIONS else PRECISIONS[0],
+            seed=seed,
+            **sizes,
+        )
+    return None
+
+
+@lru_cache(maxsize=1)
+def _opened(target: str, arguments: str) -> Source:
+    # The runs of a sweep mostly share their images, and each plan is made twice: once to check, once to run.
+    home, _, name = target.rpartition(".")
+    return cast(Source, getattr(import_module(home), name)(**json.loads(arguments)))
+
+
+def _model(
+    node: Any, task: Task | None, stages: Mapping[str, Stage], problems: list[str]
+) -> tuple[Build | None, Path | None, Stage | None]:
+    call = factory("model", node, ("weights", "input", "train"), problems)
+    if call is None:
+        return None, None, None
+    weights = Path(str(node["weights"])).expanduser() if node.get("weights") else None
+    train = stage("model.train", node["train"], problems) if node.get("train") else None
+    if train is not None and train.kind != "finetune":
+        problems.append(f"`model.train` ({type(train).__name__}) must be a compress.stages.FineTune.")
+    if weights is None and not node.get("train"):
+        problems.append(
+            "`model.weights` is not given and `model.train` is null, so the base would know nothing; set one."
+        )
+    function, target, arguments = call
+    if task is not None:
+        for names, value in (
+            (("classes", "num_classes"), task.classes),
+            (("channels", "in_channels"), task.example.shape[1]),
+        ):
+            name = next((name for name in names if name in inspect.signature(function).parameters), None)
+            if name is not None:
+                arguments.setdefault(name, int(value))
+        with collecting(problems):
+            base = _base(target, function, arguments, weights)
+            problems += _first_structural(base, stages)
+    return (target, arguments), weights, None if weights else train
+
+
+def _base(target: str, function: Callable[..., Any], arguments: Mapping[str, Any], weights: Path | None) -> nn.Module:
+    """The base model for its structure's sake: without storage, unless there are weights to try on it."""
+    errors = []
+    for device in ("meta", "cpu") if weights is None else ("cpu",):
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device(device):
+                model = function(**arguments)
+            break
+        except Exception as error:  # a factory may raise anything; some cannot be built on `meta`
+            errors.append(error)
+    else:
+        raise ConfigError(f"`model` ({target}) cannot be built: {type(errors[-1]).__name__}: {errors[-1]}")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model._target_` (={target}) gave a {type(model).__name__}, not a torch.nn.Module.")
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def _first_structural(base: nn.Module, stages: Mapping[str, Stage]) -> list[str]:
+    """What the first stage that changes layers finds wrong in the base; later ones see names that it makes."""
+    problems: list[str] = []
+    name = next((name for name, each in stages.items() if each.kind != "finetune"), None)
+    kinds = getattr(stages[name], "kinds", None) if name is not None else None
+    if name is not None and kinds is not None:
+        first = stages[name]
+        with collecting(problems, f"`stages.{name}`: "):
+            names = list(surgery.layers(base, kinds))
+            surgery.matching(names, getattr(first, "include", ()), getattr(first, "exclude", ()))
+            if hasattr(first, "check"):
+                first.check(base)
+    return problems

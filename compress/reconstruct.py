@@ -1,0 +1,189 @@
+"""Starting a new operator from trained weights: layer by layer, by least squares on real activations.
+
+A method chooses a structure (which taps, which rank, which channels); what is left is linear, and is solved so that
+the new layer, fed with what the network as compressed so far gives it, comes as near as it can to the output that the
+original layer had in the original network. Errors of earlier layers are thereby made good by later ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.task import Batches
+
+ROWS = 1 << 19  # at most so many (image, position) pairs a layer: more change nothing but the time
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the layer has been seen."""
+
+
+def execution_order(model: nn.Module, layers: dict[str, nn.Module], example: Tensor) -> dict[str, int]:
+    """The layers that a forward pass reaches, in that order, with how often each is called."""
+    calls: dict[str, int] = {}
+    names = {id(layer): name for name, layer in layers.items()}
+
+    def count(module: nn.Module, *_: object) -> None:
+        name = names[id(module)]
+        calls[name] = calls.get(name, 0) + 1
+
+    hooks = [layer.register_forward_hook(count) for layer in layers.values()]
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def seen_by(model: nn.Module, layer: nn.Module, calls: int, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and outputs of `layer` in a forward pass of `model`, one pair for each of its `calls`."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pairs.append((inputs[0].detach(), output.detach()))
+        if len(pairs) == calls:
+            raise _Stop
+
+    hook = layer.register_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            model(images)
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+    return pairs
+
+
+def plain_images(batches: Batches, images: int, device: torch.device) -> list[Tensor]:
+    """The first `images` images of `batches`, still in batches, on `device`."""
+    taken, left = [], images
+    for x, _ in batches:
+        taken.append(x[:left].to(device))
+        left -= len(taken[-1])
+        if left <= 0:
+            break
+    return taken
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a layer sees in the network as compressed so far, and what the original one gave, image batch by batch."""
+
+    model: nn.Module
+    original: nn.Module
+    images: Sequence[Tensor]
+
+    def of(self, layer: nn.Module, original: nn.Module, calls: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(input of `layer` in the model, output of `original` in the original model)."""
+        for batch in self.images:
+            now = seen_by(self.model, layer, calls, batch)
+            then = seen_by(self.original, original, calls, batch)
+            for (x, _), (_, y) in zip(now, then, strict=True):
+                yield x, y
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal equations of a convolution, per group: `gram` (G, F, F) and `cross` (G, F, O / G), in float64.
+
+    Features are the input's window positions, F = channels per group x positions, channel by channel; with `bias`
+    there is one more, which is always 1. `power` (G,) is the sum of squares of the targets.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    power: Tensor
+    bias: bool
+
+
+def normal_equations(layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], images: int, bias: bool) -> Normal:
+    """Gather the normal equations that fit a convolution of this geometry to (input, wanted output) pairs.
+
+    Of every pair a fixed random choice of output positions is used, so that about `ROWS` rows come together.
+    """
+    gram = cross = power = None
+    generator = torch.Generator().manual_seed(0)
+    for x, y in pairs:
+        rows = F.unfold(_padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)  # N, C * P, L
+        targets = y.flatten(2)
+        positions = rows.shape[-1]
+        wanted = max(1, math.ceil(ROWS / images))
+        if wanted < positions:
+            chosen = torch.randperm(positions, generator=generator)[:wanted].to(x.device)
+            rows, targets = rows[..., chosen], targets[..., chosen]
+        a = rows.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)  # G, F, N * L
+        b = targets.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+        if bias:
+            a = torch.cat((a, a.new_ones(a.shape[0], 1, a.shape[2])), 1)
+        parts = (a @ a.mT).double(), (a @ b.mT).double(), b.double().square().sum((1, 2))
+        if gram is None or cross is None or power is None:
+            gram, cross, power = parts
+        else:
+            gram, cross, power = gram + parts[0], cross + parts[1], power + parts[2]
+    if gram is None or cross is None or power is None:
+        raise ValueError("no pairs to fit to")
+    return Normal(gram, cross, power, bias)
+
+
+def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    # Also right for padding="same", which may be wider on one side.
+    around = layer._reversed_padding_repeated_twice
+    return F.pad(x, around, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+
+
+def solve(normal: Normal, group: int, keep: Tensor, ridge: float) -> Tensor:
+    """The weights (kept features, O / G) of least error with a ridge relative to the gram matrix's mean diagonal."""
+    gram = normal.gram[group][keep][:, keep]
+    gram = gram + torch.eye(len(keep), dtype=gram.dtype, device=gram.device) * (ridge * gram.diagonal().mean())
+    return torch.linalg.solve(gram, normal.cross[group][keep])
+
+
+def eliminate(normal: Normal, group: int, positions: int, taps: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """Choose `taps` of the `positions` of each input channel by backward elimination, and solve for their weights.
+
+    Starting from all positions, the one whose removal raises the least-squares error least is taken away, until every
+    channel has `taps` left; the inverse of the gram matrix is updated as positions leave.
+
+    Returns:
+        the kept positions (channels, taps) in rising order, and the weights (channels * taps [+ 1], O / G).
+    """
+    gram, cross = normal.gram[group], normal.cross[group]
+    size = len(gram)
+    features = size - 1 if normal.bias else size
+    channels = features // positions
+    inverse = torch.linalg.inv(gram + torch.eye(size, dtype=gram.dtype) * (ridge * gram.diagonal().mean()))
+    weights = inverse @ cross
+    alive = torch.ones(channels, positions, dtype=torch.bool)
+    at_once = max(1, features // 1024)  # of different channels; one at a time in all but very wide layers
+    while bool((alive.sum(1) > taps).any()):
+        rise = weights[:features].square().sum(1) / inverse.diagonal()[:features]
+        rise = rise.view(channels, positions).masked_fill(~alive | (alive.sum(1, keepdim=True) <= taps), math.inf)
+        best, position = rise.min(1)
+        candidates = best.argsort()[:at_once]
+        candidates = candidates[best[candidates] < math.inf]
+        leaving = candidates * positions + position[candidates]
+        alive[candidates, position[candidates]] = False
+        columns = torch.linalg.solve(inverse[leaving][:, leaving], inverse[leaving])  # (m, size)
+        weights = weights - columns.mT @ weights[leaving]
+        inverse = inverse - inverse[:, leaving] @ columns
+    kept = alive.nonzero()[:, 1].view(channels, taps)
+    rows = (torch.arange(channels).unsqueeze(1) * positions + kept).flatten()
+    if normal.bias:
+        rows = torch.cat((rows, torch.tensor([features])))
+    return kept, weights[rows]
+
+
+def relative_error(normal: Normal, group: int, keep: Tensor, weights: Tensor) -> float:
+    """Sum of squared errors of the fit, as a share of the targets' sum of squares."""
+    gram, cross = normal.gram[group][keep][:, keep], normal.cross[group][keep]
+    explained = 2 * (weights * cross).sum() - (weights * (gram @ weights)).sum()
+    return float((1 - explained / normal.power[group].clamp(min=1e-30)).clamp(min=0))

@@ -1,0 +1,81 @@
+"""What a stage is, what it hands back, and in which order stages may stand.
+
+A stage takes a model and gives back a model that does the same job with less. It is a frozen dataclass whose fields
+are its settings; calling it does the work. Stages know nothing of each other: what must hold between them is the
+order table below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compress.task import Task, Work
+
+Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+
+
+class Keep(Exception):  # noqa: N818 - not an error: a rule's way to say "leave this module as it is"
+    """Raised by a surgery rule to leave a module as it was; the text is the reason that the report shows."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that a stage looked at: changed (`after` is set), or kept as it was for the reason `why`."""
+
+    name: str
+    before: str
+    after: str | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a stage hands back: the model to go on with, every module it looked at, what else it decided."""
+
+    model: nn.Module
+    sites: tuple[Site, ...] = ()
+    notes: Mapping[str, Json] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """A frozen dataclass of settings; calling it compresses (or trains) `model` for `task`.
+
+    `kind` is its row in the order table. The given model may be edited in place; the returned one is the one to use.
+    """
+
+    kind: ClassVar[str]
+
+    def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit: ...
+
+
+LEGAL = ""
+_QUANTIZED = "a quantized layer's integers belong to the weights it was calibrated with; move it before `{later}`"
+_TWICE = "the model is quantized already; keep one of the two"
+
+# ORDER[earlier][later]: LEGAL, or why `later` may not come at any time after `earlier`.
+ORDER: dict[str, dict[str, str]] = {
+    "substitute": {"substitute": LEGAL, "quantize": LEGAL, "finetune": LEGAL},
+    "quantize": {"substitute": _QUANTIZED, "quantize": _TWICE, "finetune": LEGAL},
+    "finetune": {"substitute": LEGAL, "quantize": LEGAL, "finetune": LEGAL},
+}
+
+
+def order_problems(stages: Mapping[str, Stage]) -> list[str]:
+    """Every pair of stages that stands in an order which makes no sense, as sentences. Empty when all is well."""
+    problems = []
+    names = list(stages)
+    for i, earlier in enumerate(names):
+        for later in names[i + 1 :]:
+            reason = ORDER[stages[earlier].kind][stages[later].kind]
+            if reason:
+                problems.append(
+                    f"`stages.{later}` ({type(stages[later]).__name__}) cannot come after `stages.{earlier}` "
+                    f"({type(stages[earlier]).__name__}): {reason.format(later=earlier)}."
+                )
+    return problems

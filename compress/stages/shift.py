@@ -1,0 +1,184 @@
+"""Shift: convolutions become displaced copies of their input channels and one pointwise convolution.
+
+What it does. Each convolution with a kernel wider than 1x1 becomes a `ShiftConv2d` with `taps` displaced copies of each
+input channel. It starts from the trained weights: the kernel positions that matter most are found by backward
+elimination on real activations, and the pointwise weights are solved by least squares against the original layer's
+output, layer by layer. With all positions kept the layer is exactly the convolution.
+
+When to use it, and when not. It buys bytes and multiply-adds: `taps` of k*k of both. With one tap it buys time too;
+with several a runtime computes the dense kernel, and time stays what it was until the weights are quantized. Small
+networks need 3 or 4 taps of 9, and fine-tuning afterwards.
+
+Knobs. `taps`: copies kept of each input channel. `learn`: train the displacements by bilinear interpolation.
+`quantize`: round them in every forward pass (straight-through gradient), so that the layer stays whole-pixel. `l1`:
+pull them towards zero. `images`: how many calibration images the start is solved on.
+
+Measured. See the table in the README (`benchmarks/shift_start.py`).
+
+Reference. Wu et al., CVPR 2018; Jeon & Kim, NeurIPS 2018; Chen et al., CVPR 2019.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ConfigError
+from compress.nn.shift import ShiftConv2d, window
+from compress.reconstruct import (
+    Pairs,
+    eliminate,
+    execution_order,
+    normal_equations,
+    plain_images,
+    relative_error,
+)
+from compress.stage import Edit, Keep
+from compress.surgery import layers, matching, swap
+from compress.task import Task, Work
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Settings of the stage; see the module's card."""
+
+    taps: int = 4
+    learn: bool = False
+    quantize: bool = True
+    l1: float = 0.0
+    images: int = 1024
+    ridge: float = 1e-4
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+
+    kind: ClassVar[str] = "substitute"
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
+
+    def __post_init__(self) -> None:
+        for name, least in (("taps", 1), ("images", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least {least}.")
+        for name in ("l1", "ridge"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"`{name}` (={value}) must be a finite number, 0 or more.")
+        if self.l1 and not self.learn:
+            raise ConfigError(f"`l1` (={self.l1}) pulls at learned displacements; set `learn: true` or `l1: 0`.")
+
+    def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
+        original = copy.deepcopy(model).eval()
+        found = layers(model, self.kinds)
+        _check_taps(self.taps, found, matching(list(found), self.include, self.exclude))
+        was_training = model.training
+        model.eval()
+        old = layers(original, self.kinds)
+        calls = execution_order(model, found, task.example.to(task.device))
+        pairs = Pairs(model, original, plain_images(task.calibration, self.images, task.device))
+        errors: dict[str, float] = {}
+        work.progress.start("shift", len(calls))
+
+        def rule(name: str, layer: nn.Module) -> nn.Module:
+            assert isinstance(layer, nn.Conv2d)
+            work.progress.step(name)
+            if math.prod(layer.kernel_size) == 1:
+                raise Keep("a 1x1 kernel has one position only, so there is nothing to shift")
+            new = empty_shift(layer, self.taps, learn=self.learn, quantize=self.quantize, l1=self.l1)
+            if self.taps == math.prod(layer.kernel_size):
+                copy_kernel(layer, new)
+                errors[name] = 0.0
+            else:
+                images = sum(len(batch) for batch in pairs.images) * calls[name]
+                normal = normal_equations(layer, pairs.of(layer, old[name], calls[name]), images, new_bias(new))
+                errors[name] = fit_shift(new, normal, self.ridge)
+            return new
+
+        model, sites = swap(model, rule, self.kinds, self.include, self.exclude, order=list(calls))
+        work.progress.end()
+        changed = [name for name, error in errors.items() if error is not None]
+        notes: dict[str, Any] = {"taps": self.taps, "relative_error": {n: round(errors[n], 4) for n in changed}}
+        return Edit(model.train(was_training), sites, notes)
+
+
+def _check_taps(taps: int, found: dict[str, nn.Module], reasons: dict[str, str]) -> None:
+    small = [
+        f"{name or 'the model itself'} has {positions}"
+        for name, layer in found.items()
+        if isinstance(layer, nn.Conv2d) and 1 < (positions := math.prod(layer.kernel_size)) < taps
+        if not reasons[name]
+    ]
+    if small:
+        raise ConfigError(
+            f"`taps` (={taps}) must not exceed the kernel's positions: {', '.join(small)}; "
+            "lower `taps`, or put these layers into `exclude`."
+        )
+
+
+def empty_shift(layer: nn.Conv2d, taps: int, *, learn: bool, quantize: bool, l1: float) -> ShiftConv2d:
+    """A shift layer of the convolution's geometry, on its device, not yet fitted."""
+    new = ShiftConv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
+        taps,
+        layer.stride,  # type: ignore[arg-type]
+        layer.padding,  # type: ignore[arg-type]
+        layer.dilation,  # type: ignore[arg-type]
+        layer.groups,
+        layer.bias is not None,
+        layer.padding_mode,
+        learn=learn,
+        quantize=quantize,
+        l1=l1,
+    )
+    return new.to(device=layer.weight.device, dtype=layer.weight.dtype)
+
+
+def new_bias(layer: ShiftConv2d) -> bool:
+    """Whether the layer has a bias to solve for."""
+    return layer.pointwise.bias is not None
+
+
+def copy_kernel(layer: nn.Conv2d, new: ShiftConv2d) -> None:
+    """All positions kept: the weights are the kernel's own, and the layer is exactly the convolution."""
+    kept = torch.arange(math.prod(layer.kernel_size)).repeat(layer.in_channels // layer.groups, 1)
+    with torch.no_grad():
+        for group in range(layer.groups):
+            _place(new, group, kept)
+        new.pointwise.weight.copy_(layer.weight.reshape_as(new.pointwise.weight))
+        if layer.bias is not None and new.pointwise.bias is not None:
+            new.pointwise.bias.copy_(layer.bias)
+
+
+def fit_shift(new: ShiftConv2d, normal: Any, ridge: float) -> float:
+    """Choose the taps and solve the pointwise weights; gives back the relative squared error over all groups."""
+    positions = math.prod(new.kernel_size)
+    per_group = new.out_channels // new.groups
+    left = 0.0
+    for group in range(new.groups):
+        kept, weights = eliminate(normal, group, positions, new.taps, ridge)
+        rows = (torch.arange(len(kept)).unsqueeze(1) * positions + kept).flatten()
+        if normal.bias:
+            rows = torch.cat((rows, torch.tensor([len(kept) * positions])))
+        left += relative_error(normal, group, rows, weights) * float(normal.power[group])
+        with torch.no_grad():
+            _place(new, group, kept)
+            outputs = slice(group * per_group, (group + 1) * per_group)
+            if normal.bias and new.pointwise.bias is not None:
+                new.pointwise.bias[outputs] = weights[-1].to(new.pointwise.bias.dtype)
+                weights = weights[:-1]
+            new.pointwise.weight[outputs] = weights.mT[..., None, None].to(new.pointwise.weight.dtype)
+    return left / max(float(normal.power.sum()), 1e-30)
+
+
+def _place(new: ShiftConv2d, group: int, kept: Tensor) -> None:
+    """Set the displacements of a group's channels to the kept window positions (channels, taps)."""
+    low_y, low_x = (window(size)[0] for size in new.kernel_size)
+    width = new.kernel_size[1]
+    grid = torch.stack((kept // width + low_y, kept % width + low_x), -1)
+    channels = new.in_channels // new.groups
+    new.displacement[group * channels : (group + 1) * channels] = grid.to(new.displacement)

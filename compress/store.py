@@ -1,0 +1,155 @@
+"""What has been done is not done again: each stage's outcome, under a key made of all that it depends on.
+
+An entry is a folder: `model.safetensors` (the model in training form), `edit.json` (what the stage decided, written
+last: without it the entry is unfinished), and `work/`, where a stage that takes long leaves its state, so that a killed
+run goes on in the middle of it. One lock for each key lets two processes use the store at once; a lock dies with its
+process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from compress import __version__, checkpoint
+from compress.errors import CheckpointError, UserError
+from compress.stage import Edit, Site, Stage
+from compress.task import Task
+
+Build = tuple[str, dict[str, Any]]
+PACKAGE = Path(__file__).parent
+# What can change a stage's outcome; reports and command line cannot.
+SOURCES = ("nn", "stages", "models", "data", "lower", "reconstruct.py", "stage.py", "surgery.py", "task.py", "train.py")
+
+
+@cache
+def source_digest() -> str:
+    """A digest of this package's code that computes outcomes, so that changed code never finds old ones."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        path = PACKAGE / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(str(file.relative_to(PACKAGE)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def key(parent: str, what: Any, task: Task) -> str:
+    """The key of what comes out when `what` (plain JSON) is done to the outcome of key `parent` for this task."""
+    parts = {
+        "parent": parent,
+        "what": what,
+        "data": task.fingerprint,
+        "seed": task.seed,
+        "device": task.device.type,
+        "precision": task.precision,
+        "threads": torch.get_num_threads() if task.device.type == "cpu" else None,
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "compress": f"{__version__}+{source_digest()}",
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def described(stage: Stage) -> dict[str, Any]:
+    """A stage as plain JSON: its class and every setting."""
+    settings = asdict(stage)  # type: ignore[call-overload]  # stages are dataclasses, which a Protocol cannot say
+    return {"stage": f"{type(stage).__module__}.{type(stage).__qualname__}", **settings}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key's folder in the store, or, without a store, a folder of the run that nobody looks into again."""
+
+    folder: Path
+    build: Build | None
+
+    @property
+    def work(self) -> Path:
+        """The stage's own folder; survives until the stage is done."""
+        path = self.folder / "work"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def load(self) -> tuple[Edit, float] | None:
+        """The stored outcome and the seconds it once took; None where there is none, or none that can be read."""
+        try:
+            record = json.loads((self.folder / "edit.json").read_text(encoding="utf-8"))
+            model = checkpoint.load(self.folder / "model.safetensors", allow=_own(self.build))
+            sites = tuple(Site(**site) for site in record["sites"])
+            return Edit(model, sites, record["notes"]), float(record["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, edit: Edit, seconds: float, input: Mapping[str, Any]) -> Edit:
+        """Store an outcome, and give back the one to go on with: what was stored, as a later run would find it."""
+        if self.build is None:
+            return edit
+        (self.folder / "edit.json").unlink(missing_ok=True)
+        path = self.folder / "model.safetensors"
+        checkpoint.save(edit.model, path, build=self.build, input=input, provenance={}, results={}, form="training")
+        model = checkpoint.load(path, allow=_own(self.build))
+        record = {"sites": [asdict(site) for site in edit.sites], "notes": dict(edit.notes), "seconds": seconds}
+        new = self.folder / "edit.json.new"
+        with open(new, "w", encoding="utf-8") as file:
+            json.dump(record, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.folder / "edit.json")
+        shutil.rmtree(self.folder / "work", ignore_errors=True)
+        return Edit(model, edit.sites, edit.notes)
+
+
+def _own(build: Build | None) -> list[str]:
+    return [build[0].rpartition(".")[0]] if build else []
+
+
+@contextmanager
+def entry(store: Path | None, scratch: Path, key: str, build: Build | None) -> Iterator[Entry]:
+    """The entry of `key`, locked against other processes; in `scratch` where there is no store or no `build`."""
+    if store is None or build is None:
+        folder = scratch / key
+        folder.mkdir(parents=True, exist_ok=True)
+        yield Entry(folder, build)
+        return
+    folder = store / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"`cache` (={store}) cannot be written: {error.strerror}; choose another, or `off`.") from error
+    with FileLock(store / f"{key}.lock"):
+        yield Entry(folder, build)
+
+
+def timed() -> float:
+    """Seconds on a clock that only goes forward."""
+    return time.perf_counter()
+
+
+__all__ = ["CheckpointError", "Entry", "described", "entry", "file_digest", "key", "source_digest", "timed"]

@@ -1,0 +1,162 @@
+"""Walking a model, naming its layers, and swapping them: the only place where modules are replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from compress.errors import ConfigError
+from compress.stage import Keep, Site
+
+Rule = Callable[[str, nn.Module], nn.Module]
+
+
+def kind(module: nn.Module) -> type[nn.Module]:
+    """The class of a module beneath its parametrizations: a masked `Conv2d` is a `Conv2d`, a subclass is not."""
+    return parametrize.type_before_parametrizations(module)  # type: ignore[no-any-return]  # untyped in torch
+
+
+def describe(module: nn.Module) -> str:
+    """A layer in one line: "Conv2d(16, 32, 3x3, stride=2)"."""
+    name = kind(module).__name__
+    if isinstance(module, nn.Conv2d):
+        return f"{name}({module.in_channels}, {module.out_channels}, {convolution_text(module)})"
+    if isinstance(module, nn.Linear):
+        return f"{name}({module.in_features}, {module.out_features})"
+    return f"{name}({module.extra_repr()})"
+
+
+def convolution_text(module: nn.Module) -> str:
+    """Kernel and what differs from the default: "3x3, stride=2, groups=4"; for anything with a convolution's fields."""
+    text = "x".join(str(k) for k in module.kernel_size)  # type: ignore[union-attr]
+    for field, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+        value = getattr(module, field)
+        if value != default:
+            shown = value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+            text += f", {field}={shown}"
+    return text
+
+
+def matching(names: Sequence[str], include: Iterable[str], exclude: Iterable[str]) -> dict[str, str]:
+    """Why each name is left out ("" for those taken), by shell wildcards on module names.
+
+    Raises:
+        ConfigError: a pattern that matches none of the names.
+    """
+    include, exclude = list(include), list(exclude)
+    for field, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"`{field}` has the pattern {pattern!r}, which matches no layer; the layers are: {_some(names)}."
+                )
+    reasons = {}
+    for name in names:
+        hit = next((p for p in exclude if fnmatchcase(name, p)), None)
+        if hit is not None:
+            reasons[name] = f"excluded by {hit!r}"
+        elif include and not any(fnmatchcase(name, p) for p in include):
+            reasons[name] = "not in `include`"
+        else:
+            reasons[name] = ""
+    return reasons
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(name or "(the model itself)" for name in names[:most])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > most else "") if names else "none of this kind"
+
+
+def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Named modules, each module object once, layers of ours taken whole (nothing inside them is shown)."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        if is_ours(module):
+            return
+        for child_name, child in module.named_children():
+            if child_name != "parametrizations":
+                yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    return walk(model, "")
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether this is a layer of `compress.nn`: structure stages treat it as one piece."""
+    return hasattr(kind(module), "lower") and hasattr(kind(module), "config")
+
+
+def layers(model: nn.Module, kinds: Sequence[type[nn.Module]]) -> dict[str, nn.Module]:
+    """The layers of exactly these kinds by name, each module object once."""
+    return {name: module for name, module in leaves(model) if kind(module) in kinds}
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put `new` wherever `old` stands (a module used twice is replaced in both places); gives back the model."""
+    if model is old:
+        return new
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+    return model
+
+
+def swap(
+    model: nn.Module,
+    rule: Rule,
+    kinds: Sequence[type[nn.Module]],
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    order: Sequence[str] | None = None,
+) -> tuple[nn.Module, tuple[Site, ...]]:
+    """Replace every layer of the given kinds by what `rule(name, layer)` returns, or keep it when it raises `Keep`.
+
+    Layers are visited in `order` (names; default: as they are registered), and the model is edited as it goes, so a
+    rule sees the network as changed so far. Replacements take over the training mode of what they replace.
+
+    Returns:
+        the model, and one `Site` for every layer of these kinds.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or no layer was changed at all.
+    """
+    found = layers(model, kinds)
+    reasons = matching(list(found), include, exclude)
+    sites: dict[str, Site] = {}
+    for name in order or found:
+        module, why, after = found[name], reasons[name], None
+        before = describe(module)
+        if not why:
+            try:
+                new = rule(name, module)
+            except Keep as reason:
+                why = str(reason)
+            else:
+                new.train(module.training)
+                model = replace(model, module, new)
+                after = describe(new)
+        sites[name] = Site(name, before, after, why)
+    for name, module in found.items():
+        if name not in sites:
+            sites[name] = Site(name, describe(module), None, "never reached by the forward pass")
+    ordered = tuple(sites[name] for name in found)
+    require_change(ordered)
+    return model, ordered
+
+
+def require_change(sites: Sequence[Site]) -> None:
+    """Raise `ConfigError`, with the reasons, where a stage changed nothing."""
+    if any(site.after is not None for site in sites):
+        return
+    if not sites:
+        raise ConfigError("the stage found no layer of a kind it handles, so it would change nothing.")
+    reasons = sorted({f"{site.why} (e.g. {site.name or 'the model itself'})" for site in sites})
+    raise ConfigError("the stage would change nothing; every layer was kept: " + "; ".join(reasons) + ".")

@@ -1,0 +1,287 @@
+"""The only training loop, and evaluation.
+
+What a compressed layer needs during training lives in the layer: its penalty, how its parameters are to be treated,
+its rounding. The loop adds `penalty()`, follows `parameter_rules()`, and knows nothing else about compression.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compress.errors import TrainingError
+from compress.task import Batches, Task, Work
+
+History = list[dict[str, Any]]
+
+
+class Training(Protocol):
+    """The settings of a training run; `compress.stages.FineTune` has them, says what they mean, and their defaults."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def warmup_epochs(self) -> float: ...
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def distill(self) -> float: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def clip(self) -> float: ...
+    @property
+    def average(self) -> float: ...
+    @property
+    def keep(self) -> str: ...
+
+
+def logits(model: nn.Module, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The model's logits (images, classes) and the labels (images,) over all batches, in float32, on the CPU."""
+    was_training = model.training
+    model.eval()
+    outputs, labels = [], []
+    with torch.no_grad():
+        for x, y in batches:
+            outputs.append(model(_laid_out(x.to(device))).float().cpu())
+            labels.append(y.cpu())
+    model.train(was_training)
+    return torch.cat(outputs), torch.cat(labels)
+
+
+def divergence(student: Tensor, teacher: Tensor) -> float:
+    """Mean Kullback-Leibler divergence of the student's class probabilities from the teacher's, in nats."""
+    return float(F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True))
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def fit(model: nn.Module, task: Task, work: Work, settings: Training) -> tuple[nn.Module, History]:
+    """Train `model` on `task.train`; gives back the trained model in eval mode and one record for each epoch.
+
+    The state is stored in `work.folder` after each epoch: a run that was killed goes on with the epoch it was in, and
+    ends in the same bytes.
+
+    Raises:
+        TrainingError: the loss is no longer finite. The state after the last good epoch stays in `work.folder`.
+    """
+    model = model.to(task.device, memory_format=torch.channels_last)
+    run = _Run(model, task, settings)
+    state = work.folder / "state.safetensors"
+    first = run.restore(state) if state.exists() else 0
+    steps = len(task.train)
+    work.progress.start(f"fine-tune, {settings.epochs} epochs", steps * (settings.epochs - first))
+    for epoch in range(first, settings.epochs):
+        torch.manual_seed(work.seed(task.seed, "noise", epoch))
+        started, total, right, seen = time.perf_counter(), 0.0, 0, 0
+        model.train()
+        for step, (x, y) in enumerate(task.train.epoch(work.seed(task.seed, "batches", epoch))):
+            loss, correct = run.step(x.to(task.device), y.to(task.device), epoch + step / steps)
+            if not math.isfinite(loss):
+                good = f"the state after epoch {epoch} is kept in {state}" if epoch else "no epoch had ended yet"
+                raise TrainingError(
+                    f"the loss became {loss} in epoch {epoch + 1}, step {step + 1}; {good}. "
+                    f"Lower `lr` (={settings.lr}), or set `clip` (={settings.clip}) to 1."
+                )
+            total, right, seen = total + loss * len(y), right + correct, seen + len(y)
+            work.progress.step(f"epoch {epoch + 1}, loss {total / seen:.3f}")
+        run.end_epoch(epoch, total / seen, right / seen, time.perf_counter() - started)
+        run.store(state, epoch + 1)
+    work.progress.end()
+    return run.result(), run.history
+
+
+class _Run:
+    """What changes during a training run: the model, the optimizer, the average, the best so far."""
+
+    def __init__(self, model: nn.Module, task: Task, settings: Training) -> None:
+        self.model, self.task, self.settings = model, task, settings
+        self.history: History = []
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.optimizer = _optimizer(model, settings)
+        self.scales = [group["lr_scale"] for group in self.optimizer.param_groups]
+        self.average = copy.deepcopy(model) if settings.average else None
+        self.best: dict[str, Tensor] = {}
+        self.best_score = -math.inf
+        self.penalties = [m for m in model.modules() if hasattr(m, "penalty") and getattr(m, "l1", 0)]
+        self.teacher = task.teacher if settings.distill else None
+        if self.teacher is not None:
+            self.teacher.to(task.device, memory_format=torch.channels_last).eval()
+
+    def step(self, x: Tensor, y: Tensor, epoch: float) -> tuple[float, int]:
+        """One optimizer step; gives back the loss and how many images were classified correctly."""
+        x = _laid_out(x)
+        lr = self.settings.lr * _schedule(epoch, self.settings)
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = lr * scale
+        with self._autocast():
+            output = self.model(x)
+            with torch.no_grad():
+                target = self.teacher(x) if self.teacher is not None else None
+        output = output.float()
+        loss = self._loss(output, y, None if target is None else target.float())
+        value = loss.item()
+        if math.isfinite(value):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            if self.settings.clip:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+            self.optimizer.step()
+            if self.average is not None:
+                _blend(self.average, self.model, self.settings.average)
+        return value, int((output.argmax(1) == y).sum())
+
+    def _loss(self, output: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+        loss = F.cross_entropy(output, y, label_smoothing=self.settings.label_smoothing)
+        if target is not None:
+            t, share = self.settings.temperature, self.settings.distill
+            soft = F.kl_div(
+                F.log_softmax(output / t, 1), F.log_softmax(target / t, 1), reduction="batchmean", log_target=True
+            )
+            loss = (1 - share) * loss + share * t * t * soft
+        for module in self.penalties:
+            loss = loss + module.penalty()  # type: ignore[operator]  # ours; nn.Module attributes are untyped
+        return loss
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.task.device.type, torch.bfloat16, enabled=self.task.precision == "bfloat16")
+
+    def end_epoch(self, epoch: int, loss: float, accuracy: float, seconds: float) -> None:
+        """Record the epoch; with `keep: best` also evaluate it on val, by divergence where the base has seen val."""
+        record: dict[str, Any] = {"epoch": epoch + 1, "loss": loss, "train_top1": 100 * accuracy, "val_top1": None}
+        record |= {"lr": self.settings.lr * _schedule(float(epoch), self.settings), "seconds": seconds}
+        if self.settings.keep == "best":
+            kept = self._settled()
+            outputs, labels = logits(kept, self.task.val, self.task.device)
+            record["val_top1"] = 100 * float((outputs.argmax(1) == labels).float().mean())
+            score = record["val_top1"]
+            if self.task.val_seen and self.task.teacher is not None:
+                score = -divergence(outputs, logits(self.task.teacher, self.task.val, self.task.device)[0])
+            if score > self.best_score:
+                self.best_score = score
+                self.best = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
+        self.history.append(record)
+
+    def result(self) -> nn.Module:
+        """The model to go on with: the last epoch's, the averaged or the best one."""
+        model = self._settled()
+        if self.best:
+            model.load_state_dict(self.best)
+        return model.to(memory_format=torch.contiguous_format).eval()
+
+    def _settled(self) -> nn.Module:
+        """The model as it would be kept now. Parametrizations that follow their weights get to see the last step."""
+        model = self.model if self.average is None else self.average
+        model.train()
+        with torch.no_grad():
+            for module in model.modules():
+                for name in getattr(module, "parametrizations", {}) if parametrize.is_parametrized(module) else ():
+                    getattr(module, name)
+        return model
+
+    def store(self, path: Path, epochs: int) -> None:
+        """Write everything that the next epoch depends on; the old file is replaced at once or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for part, module in (("model", self.model), ("average", self.average)):
+            if module is not None:
+                tensors |= {f"{part}/{name}": tensor for name, tensor in module.state_dict().items()}
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{self.names[id(parameter)]}/{key}"] = value
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        notes = {"epochs": epochs, "history": self.history, "best_score": self.best_score}
+        new = path.with_suffix(".new")
+        save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, new, {"run": json.dumps(notes)})
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+
+    def restore(self, path: Path) -> int:
+        """Go on from a stored state; gives back the number of epochs it has behind it."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "best": {}}
+        with safe_open(path, "pt") as file:
+            notes = json.loads(file.metadata()["run"])
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                part, _, rest = name.partition("/")
+                parts[part][rest] = file.get_tensor(name)
+        self.model.load_state_dict(parts["model"])
+        if self.average is not None:
+            self.average.load_state_dict(parts["average"])
+        parameters = {name: p for p_id, name in self.names.items() for p in self._parameters() if id(p) == p_id}
+        for name, tensor in parts["optimizer"].items():
+            parameter_name, _, key = name.rpartition("/")
+            parameter = parameters[parameter_name]
+            if tensor.dim():
+                tensor = tensor.to(parameter.device).clone(memory_format=torch.preserve_format)
+            self.optimizer.state[parameter][key] = tensor
+        self.best, self.best_score = parts["best"], notes["best_score"]
+        self.history = notes["history"]
+        return int(notes["epochs"])
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+
+def _schedule(epoch: float, settings: Training) -> float:
+    """Factor on the learning rate: linear warm-up, then half a cosine down to zero."""
+    if epoch < settings.warmup_epochs:
+        return (epoch + 1e-2) / settings.warmup_epochs
+    left = max(settings.epochs - settings.warmup_epochs, 1e-9)
+    return (1 + math.cos(math.pi * (epoch - settings.warmup_epochs) / left)) / 2
+
+
+def _optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum or AdamW; weights decay, vectors (biases, norms) do not, modules' own rules win."""
+    rules: dict[int, dict[str, float]] = {}
+    for module in model.modules():
+        if hasattr(module, "parameter_rules"):
+            for name, rule in module.parameter_rules().items():
+                rules[id(getattr(module, name))] = rule
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            rule = rules.get(id(parameter), {})
+            decay = rule.get("weight_decay", settings.weight_decay if parameter.dim() > 1 else 0.0)
+            groups.setdefault((rule.get("lr_scale", 1.0), decay), []).append(parameter)
+    listed: list[dict[str, Any]] = [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay, "lr": settings.lr * scale}
+        for (scale, decay), parameters in groups.items()
+    ]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(listed)
+    return torch.optim.SGD(listed, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+
+
+def _blend(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the average a little towards the model; whole-number buffers are copied."""
+    with torch.no_grad():
+        for mine, theirs in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(theirs.to(mine.dtype), 1 - decay)
+            else:
+                mine.copy_(theirs)

@@ -1,0 +1,134 @@
+"""Weights from files: what fits goes in bit for bit, what does not is named."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compress.errors import DataError
+from compress.models import resnet20
+from compress.models.weights import load_weights, read_weights
+
+
+def net(width: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width, 2))
+
+
+def state() -> dict[str, Tensor]:
+    return {name: torch.randn_like(t) if t.is_floating_point() else t + 3 for name, t in net().state_dict().items()}
+
+
+def message(path: Path, model: nn.Module | None = None) -> str:
+    model = model or net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(DataError) as raised:
+        load_weights(model, path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("ending", [".th", ".pt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("wrapper", ["", "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_every_form_loads(tmp_path: Path, ending: str, wrapper: str, prefix: str) -> None:
+    given, model, path = state(), net(), tmp_path / f"w{ending}"
+    named = {prefix + name: tensor for name, tensor in given.items()}
+    if ending == ".safetensors":
+        save_file(named, path)
+    else:
+        torch.save(
+            {wrapper: named, "best": 91.7} if wrapper else named, path, _use_new_zipfile_serialization=not prefix
+        )
+    load_weights(model, path)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_network_whose_own_names_start_with_module_keeps_them(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("module", nn.Linear(2, 2))
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+
+
+def test_half_precision_is_cast_and_missing_counters_are_no_fault(tmp_path: Path) -> None:
+    given, model = state(), net()
+    torch.save({n: t.half() for n, t in given.items() if "num_batches" not in n}, tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert model[0].weight.dtype == torch.float32
+    assert torch.equal(model[0].weight, given["0.weight"].half().float())
+
+
+def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
+    given = state()
+    given["4.weight"] = given.pop("0.weight")
+    given["3.weight"] = torch.zeros(5, 4)
+    torch.save(given, tmp_path / "w.pt")
+    text = message(tmp_path / "w.pt")
+    assert "do not fit Sequential: missing: 0.weight; unexpected: 4.weight; other shapes: 3.weight is 5x4 in" in text
+    assert "in the file, 2x4 in the model." in text
+
+
+def test_long_lists_are_cut_with_a_count(tmp_path: Path) -> None:
+    torch.save({f"extra{i}": torch.zeros(1) for i in range(12)}, tmp_path / "w.pt")
+    text = message(tmp_path / "w.pt")
+    assert "extra9, ... (12 in all)" in text
+    assert "extra10" not in text
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert f"`weights` (='{tmp_path / 'no.pt'}') does not exist" in message(tmp_path / "no.pt")
+    assert "is a folder" in message(tmp_path)
+    (tmp_path / "w.onnx").write_bytes(b"x")
+    assert "must end in one of .th, .pt, .pth, .safetensors" in message(tmp_path / "w.onnx")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_file(tmp_path: Path, form: str, part: float) -> None:
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
+    if form == "safetensors":
+        save_file(state(), path)
+    else:
+        torch.save(state(), path, _use_new_zipfile_serialization=form == "zip")
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    assert "cannot be read; truncated or not weights?" in message(path)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Hostile()}, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
+    assert "hold code or objects beside tensors" in message(tmp_path / "w.pt")
+    (tmp_path / "p.pt").write_bytes(pickle.dumps(Hostile()))
+    message(tmp_path / "p.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_contents_that_are_no_weights(tmp_path: Path) -> None:
+    torch.save(torch.zeros(3), tmp_path / "w.pt")
+    assert "hold a Tensor, not a dict of named tensors" in message(tmp_path / "w.pt")
+    torch.save({"epoch": 3}, tmp_path / "w.pt")
+    assert "hold other things than tensors: epoch" in message(tmp_path / "w.pt")
+    torch.save({}, tmp_path / "w.pt")
+    assert "hold nothing" in message(tmp_path / "w.pt")
+    torch.save({**state(), "0.bias": torch.full((4,), torch.nan)}, tmp_path / "w.pt")
+    assert "hold NaN or infinity in 0.bias" in message(tmp_path / "w.pt")
+
+
+def test_the_published_resnet20_fits_and_another_depth_does_not(data_root: Path) -> None:
+    path = data_root / "weights" / "resnet20-12fca82f.th"
+    model = resnet20()
+    load_weights(model, path)
+    assert torch.equal(model.linear.bias, read_weights(path)["module.linear.bias"])
+    assert "unexpected: layer1.3.conv1.weight" in message(data_root / "weights" / "resnet56-4bfd9763.th", resnet20())
