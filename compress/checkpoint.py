@@ -109,7 +109,9 @@ def _portable(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).cpu().eval()
     for module in model.modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise CheckpointError(f"{type(module).__name__} has extra state that is no tensor; a checkpoint cannot.")
+            raise CheckpointError(
+                f"{type(module).__name__} has extra state that is no tensor; a checkpoint cannot say it."
+            )
     for tensor in (*model.parameters(), *model.buffers()):
         if nn.parameter.is_lazy(tensor):
             raise CheckpointError("the model has a lazy parameter; run it once before it is saved.")
@@ -168,8 +170,8 @@ def _require_same_structure(model: nn.Module, skeleton: nn.Module, state: Mappin
     fresh = state_of(skeleton)
     for name in [*state, *fresh]:
         if (name in state) != (name in fresh):
-            where = "more than" if name in state else "without a tensor of"
-            raise CheckpointError(f"`{name}`: the model is {where} what its base and its layers' arguments say.")
+            has, lacks = ("the model", "its base") if name in state else ("its base", "the model")
+            raise CheckpointError(f"`{name}` is a tensor of {has} but not of {lacks}; a checkpoint cannot say it.")
         shape, built = list(state[name].tensor.shape), list(fresh[name].tensor.shape)
         if shape != built:
             raise CheckpointError(f"`{name}` is {shape}, but the base and the layers' arguments give {built}.")

@@ -120,8 +120,8 @@ def normal_equations(layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], i
         if wanted < positions:
             chosen = torch.randperm(positions, generator=generator)[:wanted].to(x.device)
             rows, targets = rows[..., chosen], targets[..., chosen]
-        a = rows.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)  # G, F, N * L
-        b = targets.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+        a = _by_group(rows, layer.groups)
+        b = _by_group(targets, layer.groups)
         if bias:
             a = torch.cat((a, a.new_ones(a.shape[0], 1, a.shape[2])), 1)
         parts = (a @ a.mT).double(), (a @ b.mT).double(), b.double().square().sum((1, 2))
@@ -134,6 +134,11 @@ def normal_equations(layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], i
     return Normal(gram, cross, power, bias)
 
 
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(N, C, L) -> (groups, C / groups, N * L)."""
+    return x.view(len(x), groups, -1, x.shape[-1]).permute(1, 2, 0, 3).flatten(2)
+
+
 def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
     # Also right for padding="same", which may be wider on one side.
     around = layer._reversed_padding_repeated_twice
@@ -144,7 +149,8 @@ def solve(normal: Normal, group: int, keep: Tensor, ridge: float) -> Tensor:
     """The weights (kept features, O / G) of least error with a ridge relative to the gram matrix's mean diagonal."""
     gram = normal.gram[group][keep][:, keep]
     gram = gram + torch.eye(len(keep), dtype=gram.dtype, device=gram.device) * (ridge * gram.diagonal().mean())
-    return torch.linalg.solve(gram, normal.cross[group][keep])
+    weights: Tensor = torch.linalg.solve(gram, normal.cross[group][keep])
+    return weights
 
 
 def eliminate(normal: Normal, group: int, positions: int, taps: int, ridge: float) -> tuple[Tensor, Tensor]:

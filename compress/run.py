@@ -81,6 +81,7 @@ def run(
         raise ConfigError("\n".join(problems) or "`stages` must hold at least one stage.")
     if (build is None) == (model is None):
         raise ConfigError("exactly one of `build` and `model` must be given.")
+    started = store.timed()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     display = progress.make()
@@ -95,6 +96,7 @@ def run(
             target=target,
             measure=measure,
             display=display,
+            started=started,
         )
         result = job.carry_out(named, model, weights, train, export, recipe, command)
     finally:
@@ -123,6 +125,7 @@ class _Job:
     target: str
     measure: str
     display: Progress
+    started: float
 
     def carry_out(
         self,
@@ -374,6 +377,7 @@ class _Job:
             "val_seen": self.task.val_seen,
             "versions": _versions(),
             "hardware": _hardware(),
+            "seconds": store.timed() - self.started,
             "rows": self.rows,
             "exports": exports,
             "checkpoint": written,

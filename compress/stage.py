@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 
-class Keep(Exception):  # noqa: N818 - not an error: a rule's way to say "leave this module as it is"
+class Keep(Exception):
     """Raised by a surgery rule to leave a module as it was; the text is the reason that the report shows."""
 
 

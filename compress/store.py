@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from torch import nn
 
 from compress import __version__, checkpoint
 from compress.errors import CheckpointError, UserError

@@ -16,7 +16,7 @@ Rule = Callable[[str, nn.Module], nn.Module]
 
 def kind(module: nn.Module) -> type[nn.Module]:
     """The class of a module beneath its parametrizations: a masked `Conv2d` is a `Conv2d`, a subclass is not."""
-    return parametrize.type_before_parametrizations(module)  # type: ignore[no-any-return]  # untyped in torch
+    return parametrize.type_before_parametrizations(module)
 
 
 def describe(module: nn.Module) -> str:

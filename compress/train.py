@@ -76,6 +76,11 @@ def divergence(student: Tensor, teacher: Tensor) -> float:
     return float(F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True))
 
 
+def _channels_last(model: nn.Module) -> nn.Module:
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    return model
+
+
 def _laid_out(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
@@ -89,7 +94,7 @@ def fit(model: nn.Module, task: Task, work: Work, settings: Training) -> tuple[n
     Raises:
         TrainingError: the loss is no longer finite. The state after the last good epoch stays in `work.folder`.
     """
-    model = model.to(task.device, memory_format=torch.channels_last)
+    model = _channels_last(model.to(task.device))
     run = _Run(model, task, settings)
     state = work.folder / "state.safetensors"
     first = run.restore(state) if state.exists() else 0
@@ -127,10 +132,10 @@ class _Run:
         self.average = copy.deepcopy(model) if settings.average else None
         self.best: dict[str, Tensor] = {}
         self.best_score = -math.inf
-        self.penalties = [m for m in model.modules() if hasattr(m, "penalty") and getattr(m, "l1", 0)]
+        self.penalties = [module for module in model.modules() if hasattr(module, "penalty")]
         self.teacher = task.teacher if settings.distill else None
         if self.teacher is not None:
-            self.teacher.to(task.device, memory_format=torch.channels_last).eval()
+            _channels_last(self.teacher.to(task.device)).eval()
 
     def step(self, x: Tensor, y: Tensor, epoch: float) -> tuple[float, int]:
         """One optimizer step; gives back the loss and how many images were classified correctly."""
@@ -191,7 +196,8 @@ class _Run:
         model = self._settled()
         if self.best:
             model.load_state_dict(self.best)
-        return model.to(memory_format=torch.contiguous_format).eval()
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
+        return model.eval()
 
     def _settled(self) -> nn.Module:
         """The model as it would be kept now. Parametrizations that follow their weights get to see the last step."""
@@ -199,8 +205,9 @@ class _Run:
         model.train()
         with torch.no_grad():
             for module in model.modules():
-                for name in getattr(module, "parametrizations", {}) if parametrize.is_parametrized(module) else ():
-                    getattr(module, name)
+                if parametrize.is_parametrized(module):
+                    for name in dict(module.named_children())["parametrizations"]._modules:
+                        getattr(module, name)
         return model
 
     def store(self, path: Path, epochs: int) -> None:
@@ -216,7 +223,8 @@ class _Run:
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         notes = {"epochs": epochs, "history": self.history, "best_score": self.best_score}
         new = path.with_suffix(".new")
-        save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, new, {"run": json.dumps(notes)})
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(tensors, new, {"run": json.dumps(notes)})
         with open(new, "rb") as file:
             os.fsync(file.fileno())
         os.replace(new, path)
@@ -260,7 +268,7 @@ def _optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
     rules: dict[int, dict[str, float]] = {}
     for module in model.modules():
         if hasattr(module, "parameter_rules"):
-            for name, rule in module.parameter_rules().items():
+            for name, rule in module.parameter_rules().items():  # type: ignore[operator]  # ours
                 rules[id(getattr(module, name))] = rule
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():

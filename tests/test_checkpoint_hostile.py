@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_files_that_are_no_checkpoint(good: bytes, tmp_path: Path) -> None:
     assert "not a safetensors file" in refused(b"\xff" * 4096, tmp_path)
     assert "no blueprint" in refused(save({"x": torch.ones(3)}), tmp_path)
     assert "no blueprint" in refused(save({"x": torch.ones(3)}, metadata={"format": "pt"}), tmp_path)
-    for text in ("", "[]", "null", "1", "{", "{}", '{"sha256":1}', "[" * 100_000, '{"a":' * 5000, "9" * 5000, "NaN"):
+    for text in ("", "[]", "null", "1", "{", "{}", "[" * 100_000, '{"a":' * 5000, "9" * 5000, "NaN"):
         assert "blueprint is damaged" in refused(save({}, metadata={"compress": text}), tmp_path)
     newer = forged(good, lambda content, tensors: content.update(format=2))
     assert "written in format 2" in refused(newer, tmp_path)
@@ -135,7 +136,7 @@ def test_wrong_values_anywhere_in_the_blueprint(good: bytes, tmp_path: Path) -> 
     path = tmp_path / "model.safetensors"
     outcomes = {True: 0, False: 0}
     for place in paths_in(structure)[1:]:
-        for wrong in dice.sample(WRONG, 6):
+        for wrong in dice.sample(WRONG, 1):
             forgery = json.loads(json.dumps(content))
             target = forgery
             for key in place[:-1]:
@@ -165,8 +166,9 @@ def test_changed_tensors(good: bytes, tmp_path: Path) -> None:
             *(tensor.reshape(-1)[:-1], tensor.reshape(1, -1), torch.cat([tensor.reshape(-1)] * 2)),
             *(torch.zeros(0), torch.tensor(1.0), torch.ones(tensor.shape, dtype=torch.float64)),
         ):
-            refused(seal(content, others | {name: wrong.contiguous()}), tmp_path)
-        assert f"`{name}`" in refused(seal(content, others), tmp_path) or name in [n for _, n in content["codecs"]]
+            if (wrong.dtype, wrong.shape) != (tensor.dtype, tensor.shape):
+                refused(seal(content, others | {name: wrong.contiguous()}), tmp_path)
+        assert name in refused(seal(content, others), tmp_path)
         refused(seal(content, tensors | {"extra": torch.ones(1)}), tmp_path)
 
 
@@ -175,9 +177,11 @@ def rebuilt(build: Any) -> Callable[[Content, dict[str, Tensor]], None]:
 
 
 def described(*rows: Any, field: str = "modules") -> Callable[[Content, dict[str, Tensor]], None]:
-    return lambda content, tensors: content.update({field: list(rows)})
+    without: Content = {"modules": [], "parametrizations": [], "quantizers": []} if field == "modules" else {}
+    return lambda content, tensors: content.update(without | {field: list(rows)})
 
 
+DEEP = json.loads('[["0","Sequential",{"children":' * 40 + "[]" + "}]]" * 40)
 CONV = {"in_channels": 1, "out_channels": 1, "kernel_size": 1}
 HOSTILE = {
     "a shell": (rebuilt(["os.system", {"command": "touch owned"}]), "neither in"),
@@ -202,8 +206,8 @@ HOSTILE = {
         "cannot be made|more than",
     ),
     "a huge layer of ours": (
-        described(["ShiftConv2d", CONV | {"in_channels": 2**24, "taps": 1}, ["conv1"]]),
-        "than this file can fill|does not fit|expected|not in the file",
+        described(["ShiftConv2d", {**CONV, "in_channels": 2**24, "out_channels": 2**20, "taps": 1}, ["conv1"]]),
+        "than this file can fill",
     ),
     "a negative layer": (described(["Conv2d", CONV | {"out_channels": -1}, ["linear"]]), "cannot be made"),
     "an argument too many": (described(["Conv2d", CONV | {"device": "cuda"}, ["linear"]]), "cannot be made|no plain"),
@@ -220,14 +224,14 @@ HOSTILE = {
     ),
     "the same as nothing": (described(["same", {"as": None}, ["conv1"]]), "names the module 'None'"),
     "children without end": (
-        described(["Sequential", {"children": json.loads('[["0","Sequential",{"children":' * 40 + "[]" + "}]]" * 40)}]),
+        described(["Sequential", {"children": DEEP}]),
         "malformed row",
     ),
     "deep children": (
         described(
             [
                 "Sequential",
-                {"children": json.loads('[["0","Sequential",{"children":' * 40 + "[]" + "}]]" * 40)},
+                {"children": DEEP},
                 ["bn1"],
             ]
         ),
@@ -265,7 +269,7 @@ def test_hostile_blueprints(name: str, good: bytes, tmp_path: Path, monkeypatch:
     text = refused(forged(good, change), tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert __import__("re").search(message, text), text
+    assert re.search(message, text), text
     assert peak < 50e6
     assert sorted(os.listdir(tmp_path)) == ["model.safetensors"]
 

@@ -54,7 +54,7 @@ def _convolutions(layer: nn.Module) -> tuple[nn.Conv2d, ...]:
         assert isinstance(layer, nn.Conv2d)
         return (layer,)
     if is_ours(layer) and hasattr(layer, "output_convolutions"):
-        return tuple(layer.output_convolutions())
+        return tuple(layer.output_convolutions())  # type: ignore[operator]  # a method, by the layers' contract
     return ()
 
 
@@ -94,7 +94,7 @@ def _set_weight(convolution: nn.Conv2d, weight: Tensor) -> bool:
         convolution.weight.copy_(weight)
         return True
     try:
-        convolution.weight = weight  # type: ignore[assignment]  # a parametrized tensor takes a plain one
+        convolution.weight = weight
     except (NotImplementedError, RuntimeError):
         return False
     return torch.allclose(convolution.weight, weight, rtol=1e-5, atol=1e-8)

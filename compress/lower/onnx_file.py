@@ -66,6 +66,11 @@ def export_onnx(
     assert program is not None
     weights = {f"{prefix}{name}.weight": scale for name, scale in scales.items()}
     kept = onnx_integers.integers(program.model, weights)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces: a quarter of a small file, and paths of the machine it was made on
+        node.doc_string = None
+    for value in [*program.model.graph.initializers.values(), *program.model.graph.inputs]:
+        value.metadata_props.clear()
     program.model.metadata_props["input"] = json.dumps({**input, "normalized_by_file": normalize})
     program.save(path)
     rows = parity(written, _runtime(path), raw)

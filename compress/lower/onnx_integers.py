@@ -29,7 +29,7 @@ _INT32 = 2**31 - 1
 @torch.library.custom_op("compress::pair", mutates_args=())
 def _pair_operator(x: Tensor, scale: float, zero_point: int, largest: int) -> Tensor:
     """Only ever exported: stands for a quantize/dequantize pair between torch and the ONNX file."""
-    return Grid(scale, zero_point, largest)(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+    return Grid(scale, zero_point, largest).forward(x)
 
 
 @_pair_operator.register_fake
@@ -45,12 +45,15 @@ class Pair(nn.Module):
         self.grid = grid
 
     def forward(self, x: Tensor) -> Tensor:
-        return _pair_operator(x, self.grid.scale, self.grid.zero_point, self.grid.largest)
+        pair: Tensor = _pair_operator(x, self.grid.scale, self.grid.zero_point, self.grid.largest)
+        return pair
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """How the exporter writes a `Pair`: quantize, cut to the integers of fewer than 8 bits, dequantize."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its types describe a graph's values, not what stands for them while the exporter writes
 
     def pair(x: Any, scale: float, zero_point: int, largest: int) -> Any:
         step = op.Constant(value_float=scale)
@@ -73,12 +76,15 @@ def integers(model: ir.Model, scales: Mapping[str, Tensor]) -> dict[str, str]:
     for node in list(graph):
         if node.op_type == "QuantizeLinear":
             _drop_clip(node)
+        if node.op_type == "ReduceMean":
+            _pool_globally(node)
     kept = {}
     done: set[str] = set()
     for node in list(graph):
+        moves = node.op_type in _MOVES or _moves_by_convolution(node)
         if node.op_type in _CHANNELS_FIRST and (reason := _layer(graph, node, scales, done)):
             kept[node.inputs[1].name or ""] = reason  # type: ignore[union-attr]  # a layer has weights
-        if node.op_type in _MOVES or _moves_by_convolution(node):
+        if moves:
             _pair_behind(graph, node)
     for name in scales:
         if name not in done and name not in kept:
@@ -104,6 +110,8 @@ def _layer(graph: ir.Graph, node: ir.Node, scales: Mapping[str, Tensor], done: s
     if found is None:
         return "its weights are not integers times the scales"
     done.add(name)
+    spread = 2 ** ((127 // max(int(found.abs().max()), 1)).bit_length() - 1)
+    found, scale = found * spread, scale / spread  # exact; the bias is rounded to units of this scale
     _dequantized(graph, node, 1, found.numpy(), scale.numpy(), name)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     source = node.inputs[0].producer() if node.inputs[0] is not None else None
@@ -160,6 +168,23 @@ def _pair_behind(graph: ir.Graph, node: ir.Node) -> None:
             reader.replace_input_with(index, dequantize.outputs[0])
 
 
+def _pool_globally(mean: ir.Node) -> None:
+    """A mean over height and width as the pooling that it is: only that has an integer kernel."""
+    keep = mean.attributes.get("keepdims")
+    axes = mean.inputs[1] if len(mean.inputs) > 1 else None
+    shape = mean.inputs[0].shape if mean.inputs[0] is not None else None
+    if axes is None or _constant(axes) is None or shape is None or len(shape) != 4:
+        return
+    if (keep is not None and keep.as_int() != 1) or sorted(int(a) % 4 for a in _array(axes)) != [2, 3]:
+        return
+    pool = ir.node("GlobalAveragePool", [mean.inputs[0]], outputs=None)
+    pool.outputs[0].name = f"{mean.outputs[0].name}_pooled"
+    assert mean.graph is not None
+    mean.graph.insert_before(mean, pool)
+    mean.outputs[0].replace_all_uses_with(pool.outputs[0], replace_graph_outputs=True)
+    mean.graph.remove(mean, safe=True)
+
+
 def _pads_zero(node: ir.Node) -> bool:
     mode = node.attributes.get("mode")
     if mode is not None and mode.as_string() != "constant":
@@ -196,8 +221,6 @@ def _moves_by_convolution(node: ir.Node) -> bool:
 def _one_hot(node: ir.Node) -> bool:
     """Whether a depthwise convolution only moves each channel: one weight is 1, the others are 0."""
     weight = node.inputs[1]
-    while weight is not None and weight.producer() is not None:
-        weight = weight.producer().inputs[0]  # type: ignore[union-attr]  # just seen
     if weight is None or _constant(weight) is None or node.op_type != "Conv":
         return False
     array = _array(weight)

@@ -76,7 +76,7 @@ def weight_scales(model: nn.Module) -> dict[str, Tensor]:
     scales = {}
     for name, layer in leaves(model):
         if is_ours(layer):
-            inner = layer.output_convolutions() if hasattr(layer, "output_convolutions") else ()
+            inner = layer.output_convolutions() if hasattr(layer, "output_convolutions") else ()  # type: ignore[operator]  # a method, by the layers' contract
         elif kind(layer) in (nn.Conv2d, nn.Linear):
             inner = (layer,)
         else:
@@ -97,7 +97,7 @@ def matching_scales(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
     for name, scale in weight_scales(model).items():
         place = plain.get_submodule(name)
         for inner, layer in place.named_modules():
-            if kind(layer) in (nn.Conv2d, nn.Linear) and integer_weights(layer.weight, scale) is not None:  # type: ignore[arg-type]  # a Tensor, by its kind
+            if kind(layer) in (nn.Conv2d, nn.Linear) and integer_weights(layer.weight, scale) is not None:
                 found[f"{name}.{inner}".strip(".")] = scale
     return found
 

@@ -25,7 +25,10 @@ def export_pt2(model: nn.Module, example: Tensor, path: Path) -> dict[str, Any]:
     plain = lower(model, "torch").cpu()
     for name, scale in matching_scales(model, plain).items():
         _keep_integers(plain.get_submodule(name), scale)
-    program = exported(plain, example.detach().cpu())
+    program = exported(plain, example)
+    for node in program.graph.nodes:
+        for trail in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
+            node.meta.pop(trail, None)  # where in the source a node came from: most of a small file, and paths of ours
     torch.export.save(program, path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree code, on every load
@@ -41,7 +44,8 @@ def exported(plain: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree code, on every export
         batch = torch.export.Dim("batch", min=1)
-        return torch.export.export(plain, (example,), dynamic_shapes=({0: batch},))
+        images = example[:2].detach().cpu().clone()  # the file keeps them, and the storage behind a slice with them
+        return torch.export.export(plain, (images,), dynamic_shapes=({0: batch},))
 
 
 class _Integers(nn.Module):

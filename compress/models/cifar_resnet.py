@@ -51,7 +51,7 @@ class PadShortcut(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A CIFAR ResNet; (N, channels, H, W) -> (N, classes). Parameter names are those of the common published weights."""
+    """A CIFAR ResNet; (N, channels, H, W) -> (N, classes). Parameter names are those of the published weights."""
 
     def __init__(self, depth: int, classes: int, channels: int, shortcut: str, width: int) -> None:
         super().__init__()

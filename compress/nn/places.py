@@ -165,11 +165,10 @@ def _refuse_frozen(node: fx.Node, model: nn.Module) -> None:
             arguments = {}  # type: ignore[assignment]  # only asked for membership
         if "training" in arguments or _operator(node.op, node.target) in _RANDOM_IN_TRAINING:
             raise ValueError(f"{place} is a function that depends on the training mode; use a module in its place")
-    in_place = (node.op == "call_method" and re.search(r"[a-z]_$", str(node.target))) or (
-        node.op == "call_function" and re.search(r"[a-z]_$", _operator(node.op, node.target))
-    )
     if node.op == "call_module":
-        in_place = getattr(model.get_submodule(str(node.target)), "inplace", False)
+        in_place = bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    else:
+        in_place = re.search(r"[a-z]_$", _operator(node.op, node.target)) is not None
     if not in_place and not node.kwargs.get("inplace"):
         return
     order = {n: i for i, n in enumerate(node.graph.nodes)}

@@ -32,7 +32,12 @@ class FakeQuantizeWeight(nn.Module):
     @property
     def limit(self) -> int:
         """The largest integer of the grid; 127 for 8 bits."""
-        return 2 ** (self.bits - 1) - 1
+        return int(2 ** (self.bits - 1) - 1)
+
+    @property
+    def finest_scale(self) -> Tensor:
+        """`scale` by the largest power of two that keeps the integers in int8: what they count in where all are int8."""
+        return self.scale / float(2 ** ((127 // self.limit).bit_length() - 1))
 
     def forward(self, weight: Tensor) -> Tensor:
         if weight.is_meta:  # torch has no kernel that only tells the shape
@@ -91,7 +96,7 @@ class FakeQuantize(nn.Module):
     @property
     def largest(self) -> int:
         """The largest integer of the grid; 255 for 8 bits."""
-        return 2**self.bits - 1  # type: ignore[no-any-return]  # int ** int is Any to mypy
+        return int(2**self.bits - 1)
 
     def set_range(self, scale: float, zero_point: int) -> None:
         """Fix the grid. Raises ValueError for a scale or a zero point that is none."""

@@ -68,7 +68,7 @@ class _Taps(torch.autograd.Function):
         return rows.unsqueeze(-1) * columns.unsqueeze(-2)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # torch's *args
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (displacement,) = ctx.saved_tensors
         (ky, kx), normalize = ctx.settings
         grad = grad.to(displacement.dtype)
@@ -82,9 +82,7 @@ class _Taps(torch.autograd.Function):
         return out, None, None, None
 
 
-def taps(
-    displacement: Tensor, kernel_size: tuple[int, int], quantize: bool = False, normalize: bool = False
-) -> Tensor:
+def taps(displacement: Tensor, kernel_size: tuple[int, int], quantize: bool = False, normalize: bool = False) -> Tensor:
     """The weight that every position of the window gets from displacements (C, T, 2) in (y, x): (C, T, ky, kx).
 
     Displacements count in steps of the kernel's grid (times its dilation in pixels) from its centre, and lie inside
@@ -140,10 +138,10 @@ class ShiftConv2d(nn.Module):
 
     def _spread(self, positions: int) -> Tensor:
         """Every copy of a channel on a grid point of its own, the centre first, then row by row."""
-        grid = self._grid()
-        centre = int((grid == 0).all(1).nonzero()[0])
+        (low_y, _), (low_x, _) = map(window, self.kernel_size)
+        centre = -low_y * self.kernel_size[1] - low_x
         order = [centre, *(p for p in range(positions) if p != centre)]
-        return grid[order[: self.taps]].repeat(self.in_channels, 1, 1)
+        return self._grid()[order[: self.taps]].repeat(self.in_channels, 1, 1)
 
     def _grid(self) -> Tensor:
         axes = [torch.arange(low, high + 1.0) for low, high in map(window, self.kernel_size)]
@@ -157,9 +155,7 @@ class ShiftConv2d(nn.Module):
     def kernel(self) -> Tensor:
         """The dense kernel this layer equals: (out_channels, in_channels / groups, ky, kx)."""
         if self.training and self.learn:
-            with torch.no_grad():
-                for axis, (low, high) in enumerate(map(window, self.kernel_size)):
-                    self.displacement[..., axis].clamp_(low, high)
+            self._clamp()
         places = taps(self.displacement, self.kernel_size, self.quantize, normalize=True)
         g, positions = self.groups, math.prod(self.kernel_size)
         weight = self.pointwise.weight.view(g, self.out_channels // g, self.in_channels // g, self.taps)
@@ -175,6 +171,12 @@ class ShiftConv2d(nn.Module):
             padding = 0
         return F.conv2d(x, self.kernel(), self.pointwise.bias, self.stride, padding, self.dilation, self.groups)
 
+    @torch.no_grad()
+    def _clamp(self) -> None:
+        """Keep displacements inside the window, so that one which was pushed out finds its way back."""
+        for axis, (low, high) in enumerate(map(window, self.kernel_size)):
+            self.displacement[..., axis].clamp_(low, high)
+
     def settle(self) -> None:
         """Fix rounded displacements at their grid points and stop learning them; the output does not change.
 
@@ -183,25 +185,25 @@ class ShiftConv2d(nn.Module):
         """
         if not self.quantize:
             return
+        self._clamp()
         low = torch.tensor([window(size)[0] for size in self.kernel_size])
         grid = (round_half_away(self.displacement.detach()).cpu() - low).long()
         place = grid[..., 0] * self.kernel_size[1] + grid[..., 1]
         weight = self.pointwise.weight.detach().clone()
-        per_group = self.in_channels // self.groups
+        # Seen as (output channels of a group, input channel and copy of that group), group by group.
+        by_group = weight.view(self.groups, self.out_channels // self.groups, self.in_channels // self.groups, -1)
         met = False
-        for channel in range(self.in_channels):
-            free = [p for p in range(math.prod(self.kernel_size)) if p not in set(place[channel].tolist())]
-            rows = slice(*(channel // per_group + i for i in range(2)))
-            outputs = slice(*(r * (self.out_channels // self.groups) for r in (rows.start, rows.stop)))
-            column = channel % per_group * self.taps
+        for channel, places in enumerate(place.tolist()):
+            free = [p for p in range(math.prod(self.kernel_size)) if p not in places]
+            group, column = divmod(channel, self.in_channels // self.groups)
             for copy in range(1, self.taps):
-                earlier = place[channel, :copy].tolist()
-                if int(place[channel, copy]) in earlier:
-                    first = earlier.index(int(place[channel, copy]))
-                    weight[outputs, column + first] += weight[outputs, column + copy]
-                    weight[outputs, column + copy] = 0
-                    place[channel, copy] = free.pop(0)
+                if places[copy] in places[:copy]:
+                    first = places.index(places[copy])
+                    by_group[group, :, column, first] += by_group[group, :, column, copy]
+                    by_group[group, :, column, copy] = 0
+                    places[copy] = free.pop(0)
                     met = True
+            place[channel] = torch.tensor(places)
         with torch.no_grad():
             self.displacement.copy_(self._grid()[place])
             if met and parametrize.is_parametrized(self.pointwise, "weight"):

@@ -21,6 +21,7 @@ Reference. Jacob et al., CVPR 2018; Nagel et al., "A White Paper on Neural Netwo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -74,7 +75,7 @@ class Quantize:
         model.eval()
         for layer in found.values():
             if hasattr(layer, "settle"):
-                layer.settle()
+                layer.settle()  # type: ignore[operator]  # a method, by the layers' contract
         before = {name: describe(layer) for name, layer in found.items()}
         folded = fold_batch_norm(model)
         graph, untraced = _trace(model)
@@ -87,12 +88,16 @@ class Quantize:
         taken = [name for name in found if not kept[name]]
         sites = tuple(self._site(name, before[name], kept[name], tensors, untraced) for name in found)
         require_change(sites)
+        ranges: dict[str, tuple[float, int]] = {}
         if graph is not None:
             ranges = self._calibrate(model, tensors.places, task, work)
             model = place_quantizers(model, {place: self._quantizer(ranges[place]) for place in tensors.places})
         for name in taken:
             for layer in _weighted(found[name]):
                 _quantize_weight(layer, self.weight_bits)
+            steps = {ranges[place][0] if place else None for place in tensors.inputs.get(name, [None])}
+            if len(steps) == 1 and (step := steps.pop()) is not None:
+                _round_biases(found[name], step)
         notes: dict[str, Any] = {
             "weight_bits": self.weight_bits,
             "activation_bits": self.activation_bits if graph is not None else None,
@@ -141,8 +146,7 @@ class Quantize:
         return {place: observer.range() for place, observer in observers.items()}
 
     def _observer(self, device: torch.device) -> nn.Module:
-        from torchao.quantization.pt2e import observer
-
+        observer = _torchao_observers()
         settings: dict[str, Any] = {
             "dtype": torch.uint8,
             "qscheme": torch.per_tensor_affine,
@@ -159,6 +163,16 @@ class Quantize:
 def is_quantized(model: nn.Module) -> bool:
     """Whether any weight or activation of the model is quantized."""
     return bool(quantizer_places(model)) or any(isinstance(m, FakeQuantizeWeight) for m in model.modules())
+
+
+def _torchao_observers() -> Any:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torchao reports each GPU kernel that it cannot load on this machine
+    try:
+        from torchao.quantization.pt2e import observer
+    finally:
+        logging.disable(before)
+    return observer
 
 
 class _Observed(nn.Module):
@@ -219,6 +233,19 @@ def _quantize_weight(layer: nn.Module, bits: int) -> None:
     grid = FakeQuantizeWeight(bits, len(weight)).to(weight.device)
     grid.follow(weight)
     parametrize.register_parametrization(layer, "weight", grid.eval())
+
+
+@torch.no_grad()
+def _round_biases(layer: nn.Module, input_scale: float) -> None:
+    """Biases as whole units of input scale x weight scale, as integer kernels have them: the file then agrees."""
+    outputs: tuple[Any, ...] = (layer,)
+    if is_ours(layer):
+        outputs = layer.output_convolutions()  # type: ignore[operator]  # a method, by the layers' contract
+    for module in outputs:
+        if module.bias is None:
+            continue
+        unit = input_scale * module.parametrizations.weight[-1].finest_scale
+        module.bias.copy_((module.bias.double() / unit.double()).round().float() * unit)
 
 
 def _first(batches: Any, images: int) -> Iterator[Tensor]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from compress.errors import ConfigError
 from compress.nn.shift import ShiftConv2d, window
 from compress.reconstruct import (
+    Normal,
     Pairs,
     eliminate,
     execution_order,
@@ -70,10 +71,26 @@ class Shift:
         if self.l1 and not self.learn:
             raise ConfigError(f"`l1` (={self.l1}) pulls at learned displacements; set `learn: true` or `l1: 0`.")
 
+    def check(self, model: nn.Module) -> None:
+        """Raise `ConfigError` for patterns that match nothing, and for kernels with fewer positions than `taps`."""
+        found = layers(model, self.kinds)
+        reasons = matching(list(found), self.include, self.exclude)
+        small = [
+            f"{name or 'the model itself'} has {positions}"
+            for name, layer in found.items()
+            if isinstance(layer, nn.Conv2d) and 1 < (positions := math.prod(layer.kernel_size)) < self.taps
+            if not reasons[name]
+        ]
+        if small:
+            raise ConfigError(
+                f"`taps` (={self.taps}) must not exceed the kernel's positions: {', '.join(small)}; "
+                "lower `taps`, or put these layers into `exclude`."
+            )
+
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         original = copy.deepcopy(model).eval()
+        self.check(model)
         found = layers(model, self.kinds)
-        _check_taps(self.taps, found, matching(list(found), self.include, self.exclude))
         was_training = model.training
         model.eval()
         old = layers(original, self.kinds)
@@ -93,29 +110,15 @@ class Shift:
                 errors[name] = 0.0
             else:
                 images = sum(len(batch) for batch in pairs.images) * calls[name]
-                normal = normal_equations(layer, pairs.of(layer, old[name], calls[name]), images, new_bias(new))
+                seen = pairs.of(layer, old[name], calls[name])
+                normal = normal_equations(layer, seen, images, bias=layer.bias is not None)
                 errors[name] = fit_shift(new, normal, self.ridge)
             return new
 
         model, sites = swap(model, rule, self.kinds, self.include, self.exclude, order=list(calls))
         work.progress.end()
-        changed = [name for name, error in errors.items() if error is not None]
-        notes: dict[str, Any] = {"taps": self.taps, "relative_error": {n: round(errors[n], 4) for n in changed}}
+        notes: dict[str, Any] = {"taps": self.taps, "relative_error": {n: round(e, 4) for n, e in errors.items()}}
         return Edit(model.train(was_training), sites, notes)
-
-
-def _check_taps(taps: int, found: dict[str, nn.Module], reasons: dict[str, str]) -> None:
-    small = [
-        f"{name or 'the model itself'} has {positions}"
-        for name, layer in found.items()
-        if isinstance(layer, nn.Conv2d) and 1 < (positions := math.prod(layer.kernel_size)) < taps
-        if not reasons[name]
-    ]
-    if small:
-        raise ConfigError(
-            f"`taps` (={taps}) must not exceed the kernel's positions: {', '.join(small)}; "
-            "lower `taps`, or put these layers into `exclude`."
-        )
 
 
 def empty_shift(layer: nn.Conv2d, taps: int, *, learn: bool, quantize: bool, l1: float) -> ShiftConv2d:
@@ -138,11 +141,6 @@ def empty_shift(layer: nn.Conv2d, taps: int, *, learn: bool, quantize: bool, l1:
     return new.to(device=layer.weight.device, dtype=layer.weight.dtype)
 
 
-def new_bias(layer: ShiftConv2d) -> bool:
-    """Whether the layer has a bias to solve for."""
-    return layer.pointwise.bias is not None
-
-
 def copy_kernel(layer: nn.Conv2d, new: ShiftConv2d) -> None:
     """All positions kept: the weights are the kernel's own, and the layer is exactly the convolution."""
     kept = torch.arange(math.prod(layer.kernel_size)).repeat(layer.in_channels // layer.groups, 1)
@@ -154,7 +152,7 @@ def copy_kernel(layer: nn.Conv2d, new: ShiftConv2d) -> None:
             new.pointwise.bias.copy_(layer.bias)
 
 
-def fit_shift(new: ShiftConv2d, normal: Any, ridge: float) -> float:
+def fit_shift(new: ShiftConv2d, normal: Normal, ridge: float) -> float:
     """Choose the taps and solve the pointwise weights; gives back the relative squared error over all groups."""
     positions = math.prod(new.kernel_size)
     per_group = new.out_channels // new.groups

@@ -1,0 +1,182 @@
+"""A run as a whole: rows, files, the store, and the laws that every stage keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from awkward import noise_task
+from omegaconf import OmegaConf
+from torch import nn
+
+import compress
+import compress.stages
+from compress import checkpoint
+from compress.errors import ConfigError
+from compress.run import run
+from compress.stage import ORDER, Stage, order_problems
+from compress.stages import FineTune, Quantize, Shift
+from compress.task import Work
+
+BUILD = ("compress.models.small", {"classes": 3, "channels": 2})
+SHAPE = (2, 8, 8)
+# Settings with which each stage is quick; a stage without them fails `test_every_stage_is_tested`.
+QUICK: dict[str, Stage] = {
+    "FineTune": FineTune(epochs=1, lr=0.01),
+    "Quantize": Quantize(calibration_images=16),
+    "Shift": Shift(taps=3, images=16),
+}
+
+
+def quick_run(out: Path, stages: dict[str, Stage] | None = None, **more: Any) -> compress.run.Result:  # type: ignore[name-defined]
+    more = {"measure": "none", "cache": out.parent / "cache", "train": FineTune(epochs=1, lr=0.01)} | more
+    return run(stages or {"shift": QUICK["Shift"]}, noise_task(SHAPE), build=BUILD, out=out, **more)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_every_stage_is_tested() -> None:
+    assert set(QUICK) == set(compress.stages.__all__)
+    kinds = {stage.kind for stage in QUICK.values()}
+    assert kinds <= set(ORDER) and all(set(row) == set(ORDER) for row in ORDER.values())
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_law_1_settings_survive_a_trip_through_yaml(name: str) -> None:
+    stage = QUICK[name]
+    assert type(stage)(**asdict(stage)) == stage  # type: ignore[call-overload]
+    text = OmegaConf.to_yaml(OmegaConf.structured(stage))
+    assert type(stage)(**OmegaConf.to_container(OmegaConf.create(text))) == stage  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_laws_of_stages(name: str, tmp_path: Path) -> None:
+    stage, task = QUICK[name], noise_task(SHAPE)
+    outcomes = []
+    for number in range(2):
+        torch.manual_seed(0)
+        model = compress.models.small(**BUILD[1]).eval()  # type: ignore[attr-defined]
+        seen = {n for n, m in model.named_modules() if type(m) in getattr(stage, "kinds", ())}
+        (tmp_path / str(number)).mkdir()
+        edit = stage(model, task, Work(tmp_path / str(number), key="k"))
+        assert edit.model(task.example).shape == (2, 3)
+        assert seen <= {site.name for site in edit.sites}
+        assert all(site.after is not None or site.why for site in edit.sites)
+        json.dumps(dict(edit.notes))
+        path = tmp_path / f"{number}.safetensors"
+        edit.model.eval()
+        checkpoint.save(edit.model, path, build=BUILD, input=task.input, provenance={}, results={})
+        torch.testing.assert_close(checkpoint.load(path)(task.example), edit.model(task.example))
+        outcomes.append(path.read_bytes())
+    assert outcomes[0] == outcomes[1]
+
+
+def test_law_5_a_pattern_that_matches_nothing() -> None:
+    for stage in QUICK.values():
+        for field in {"include", "exclude"} & set(asdict(stage)):  # type: ignore[call-overload]
+            wrong = type(stage)(**{**asdict(stage), field: ["nowhere*"]})  # type: ignore[call-overload]
+            with pytest.raises(ConfigError, match=rf"`{field}` has the pattern 'nowhere\*', which matches no layer"):
+                wrong(compress.models.small(**BUILD[1]), noise_task(SHAPE), Work(Path()))  # type: ignore[attr-defined]
+
+
+def test_a_whole_run_and_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = {"shift": QUICK["Shift"], "recover": QUICK["FineTune"], "int8": QUICK["Quantize"]}
+    result = quick_run(tmp_path / "out", stages, recipe="r", command="c")
+    rows = result.report["rows"]
+    assert [row["name"] for row in rows] == ["base", "shift", "recover", "int8", "result"]
+    assert rows[-1]["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
+    assert rows[-1]["bytes"] < rows[0]["bytes"] / 4
+    assert rows[-1]["macs"] < 0.6 * rows[0]["macs"]
+    assert rows[0]["accuracy"]["total"] == 32 and rows[1]["paired"] is not None
+    written = json.loads((tmp_path / "out/report.json").read_text())
+    assert written["rows"][-1]["params"] == rows[-1]["params"]
+    assert (tmp_path / "out/report.html").exists() and not (tmp_path / "out/unfinished").exists()
+    loaded = compress.load(tmp_path / "out/model.safetensors")
+    x = noise_task(SHAPE).example
+    assert torch.equal(loaded(x), result.model(x))
+    assert "result" in capsys.readouterr().out
+
+
+def test_the_store_is_used_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    stages = {"shift": QUICK["Shift"], "recover": QUICK["FineTune"], "int8": QUICK["Quantize"], "polish": FineTune(1)}
+    first = quick_run(tmp_path / "a", stages)
+    again = quick_run(tmp_path / "b", stages)
+    without = quick_run(tmp_path / "c", stages, cache=None)
+    assert [hit["hit"] for hit in first.report["store"]] == [False] * 5
+    assert [hit["hit"] for hit in again.report["store"]] == [True] * 5
+    files = [digest(tmp_path / run / "model.safetensors") for run in "abc"]
+    assert len(set(files)) == 1
+    assert [hit["hit"] for hit in without.report["store"]] == [False] * 5
+
+
+def test_a_sweep_shares_what_its_runs_have_in_common(tmp_path: Path) -> None:
+    quick_run(tmp_path / "a", {"shift": Shift(taps=2, images=16)})
+    result = quick_run(tmp_path / "b", {"shift": Shift(taps=3, images=16)})
+    assert [(hit["stage"], hit["hit"]) for hit in result.report["store"]] == [("base", True), ("shift", False)]
+
+
+def test_an_unreadable_entry_is_made_anew(tmp_path: Path) -> None:
+    first = quick_run(tmp_path / "a")
+    for hit in first.report["store"]:
+        file = tmp_path / "cache" / hit["key"] / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-20])
+    again = quick_run(tmp_path / "b")
+    assert [hit["hit"] for hit in again.report["store"]] == [False, False]
+    assert digest(tmp_path / "a/model.safetensors") == digest(tmp_path / "b/model.safetensors")
+
+
+def test_a_model_instance_is_compressed_but_not_stored(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    result = run([QUICK["Shift"]], noise_task(SHAPE), model=model, out=tmp_path / "out", measure="none")
+    assert result.checkpoint is None and result.report["checkpoint"] is None
+    assert [row["name"] for row in result.report["rows"]] == ["base", "shift", "result"]
+
+
+def test_bad_calls(tmp_path: Path) -> None:
+    task = noise_task(SHAPE)
+    with pytest.raises(ConfigError, match="exactly one of `build` and `model` must be given"):
+        run([QUICK["Shift"]], task, out=tmp_path)
+    with pytest.raises(ConfigError, match="`stages` must hold at least one stage"):
+        run([], task, build=BUILD, out=tmp_path)
+    with pytest.raises(ConfigError, match="two stages of one class need names of their own"):
+        run([QUICK["Shift"], QUICK["Shift"]], task, build=BUILD, out=tmp_path)
+    with pytest.raises(ConfigError, match=r"`stages.shift` \(Shift\) cannot come after `stages.quantize`"):
+        run([QUICK["Quantize"], QUICK["Shift"]], task, build=BUILD, out=tmp_path)
+
+
+@pytest.mark.parametrize("first", QUICK)
+@pytest.mark.parametrize("second", QUICK)
+def test_every_legal_pair_runs_saves_and_reloads(first: str, second: str, tmp_path: Path) -> None:
+    stages = {"first": QUICK[first], "second": QUICK[second]}
+    if first == second == "Shift":
+        stages["first"], stages["second"] = (
+            Shift(taps=3, images=16, exclude=["conv1"]),
+            Shift(taps=3, images=16, include=["conv1", "layer*"]),
+        )
+    if order_problems(stages):
+        with pytest.raises(ConfigError, match=r"`stages.second` \(.*\) cannot come after `stages.first`"):
+            quick_run(tmp_path / "out", stages)
+        return
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    result = quick_run(tmp_path / "out", stages, export=["onnx", "pt2"])
+    assert [export["file"] for export in result.report["exports"]] == ["model.onnx", "model.pt2"]
+    for export in result.report["exports"]:
+        assert {row["batch"] for row in export["parity"]} == {1, 2, 7}
+        assert all(row["top1_agreement"] == 1.0 for row in export["parity"])
+
+
+def test_cards_have_every_heading() -> None:
+    for name in compress.stages.__all__:
+        card = inspect.getdoc(inspect.getmodule(getattr(compress.stages, name))) or ""
+        for heading in ("What it does.", "When to use it, and when not.", "Knobs.", "Measured.", "Reference."):
+            assert heading in card, (name, heading)

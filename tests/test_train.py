@@ -1,0 +1,187 @@
+"""The training loop: against a bare loop, killed and resumed, and when it goes wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from awkward import noise_task
+from safetensors import safe_open
+from torch import nn
+
+from compress.errors import ConfigError, TrainingError
+from compress.nn.shift import ShiftConv2d
+from compress.stages import FineTune
+from compress.task import Task, Work
+from compress.train import divergence, fit, logits
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(378, 3)
+    )
+
+
+def state(trained: nn.Module) -> bytes:
+    return b"".join(t.contiguous().numpy().tobytes() for t in trained.state_dict().values())
+
+
+def test_equals_a_bare_loop(tmp_path: Path) -> None:
+    task, work = noise_task(), Work(tmp_path, key="k")
+    settings = FineTune(epochs=2, lr=0.1, warmup_epochs=0.0, weight_decay=0.01, clip=1.0, label_smoothing=0.1)
+    mine, bare = model(), model()
+    trained, history = fit(mine, task, work, settings)
+    decayed = [p for p in bare.parameters() if p.dim() > 1]
+    others = [p for p in bare.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    for epoch in range(2):
+        torch.manual_seed(work.seed(0, "noise", epoch))
+        bare.train()
+        for step, (x, y) in enumerate(task.train.epoch(work.seed(0, "batches", epoch))):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * (1 + math.cos(math.pi * (epoch + step / 2) / 2)) / 2
+            optimizer.zero_grad()
+            F.cross_entropy(bare(x), y, label_smoothing=0.1).backward()
+            nn.utils.clip_grad_norm_(bare.parameters(), 1.0)
+            optimizer.step()
+    for ours, theirs in zip(trained.state_dict().values(), bare.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert [record["epoch"] for record in history] == [1, 2]
+
+
+class Killed(Exception):
+    pass
+
+
+class Breaks:
+    """Training batches that stop short in the middle of an epoch, as a killed process does."""
+
+    def __init__(self, batches: Any, epoch: int) -> None:
+        self.batches, self.left, self.images = batches, epoch, batches.images
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epoch(self, seed: int):  # type: ignore[no-untyped-def]
+        for number, batch in enumerate(self.batches.epoch(seed)):
+            if self.left == 0 and number == 1:
+                raise Killed
+            yield batch
+        self.left -= 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        FineTune(epochs=4, lr=0.05),
+        FineTune(epochs=4, lr=0.01, optimizer="adamw", average=0.9, distill=0.5),
+        FineTune(epochs=4, lr=0.05, keep="best"),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 2])
+def test_killed_and_resumed_ends_in_the_same_bytes(settings: FineTune, at: int, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    teacher = model()
+    task = replace(noise_task(), precision="bfloat16", teacher=teacher.eval())
+    whole, history = fit(model(), task, Work(tmp_path / "a", key="k"), settings) if _made(tmp_path) else (model(), [])
+    broken = replace(task, train=Breaks(task.train, at))
+    with pytest.raises(Killed):
+        fit(model(), broken, Work(tmp_path / "b", key="k"), settings)
+    again, later = fit(model(), task, Work(tmp_path / "b", key="k"), settings)
+    assert state(again) == state(whole)
+    assert [r["loss"] for r in later] == [r["loss"] for r in history]
+
+
+def _made(path: Path) -> bool:
+    (path / "a").mkdir()
+    (path / "b").mkdir()
+    return True
+
+
+def test_what_ran_before_does_not_matter(tmp_path: Path) -> None:
+    task, work = noise_task(), Work(tmp_path / "a", key="k")
+    _made(tmp_path)
+    first, _ = fit(model(), task, work, FineTune(epochs=1))
+    fresh = model()
+    torch.rand(17)
+    second, _ = fit(fresh, task, Work(tmp_path / "b", key="k"), FineTune(epochs=1))
+    assert state(first) == state(second)
+    third, _ = fit(model(), task, Work(tmp_path, key="another"), FineTune(epochs=1))
+    assert state(first) != state(third)
+
+
+def test_training_that_turns_to_nan_says_where_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    task = noise_task()
+    good = task.train
+
+    class Poisoned(Breaks):
+        def epoch(self, seed: int):  # type: ignore[no-untyped-def]
+            for number, (x, y) in enumerate(self.batches.epoch(seed)):
+                yield (x * math.nan if self.left == 0 and number == 1 else x), y
+            self.left -= 1
+
+    with pytest.raises(TrainingError, match=r"the loss became nan in epoch 2, step 2; the state after epoch 1 is kept"):
+        fit(model(), replace(task, train=Poisoned(good, 1)), Work(tmp_path, key="k"), FineTune(epochs=3))
+    with safe_open(tmp_path / "state.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["run"])["epochs"] == 1
+        assert all(bool(file.get_tensor(name).isfinite().all()) for name in file.keys())  # noqa: SIM118 - no dict
+
+
+def test_displacements_have_their_own_rate_and_penalty(tmp_path: Path) -> None:
+    layer = ShiftConv2d(8, 6, 3, 2, learn=True, quantize=False, l1=1e3)
+    layer.displacement.data.fill_(0.5)
+    layer.pointwise.weight.data.zero_()
+    net = nn.Sequential(layer, nn.Flatten(), nn.Linear(378, 3))
+    net[2].weight.data.zero_()
+    fit(net, noise_task(), Work(tmp_path), FineTune(epochs=1, lr=1e-3, momentum=0.0, warmup_epochs=0.0))
+    # Two steps of l1 x lr x 0.01 towards zero, the second at half the rate; the loss itself has no gradient here.
+    torch.testing.assert_close(layer.displacement, torch.full_like(layer.displacement, 0.5 - 1e-2 * 1.5))
+
+
+def test_distillation_alone_follows_the_teacher(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    teacher = copy.deepcopy(model()).eval()
+    task = replace(noise_task(), teacher=teacher)
+    student = model()
+    wanted, _ = logits(teacher, task.test, task.device)
+    before = divergence(logits(student, task.test, task.device)[0], wanted)
+    trained, _ = fit(student, task, Work(tmp_path), FineTune(epochs=20, lr=0.02, distill=1.0))
+    assert divergence(logits(trained, task.test, task.device)[0], wanted) < 0.3 * before
+    assert divergence(wanted, wanted) == pytest.approx(0, abs=1e-7)
+
+
+def test_logits_are_in_float32_and_leave_the_mode_alone() -> None:
+    task: Task = noise_task()
+    net = model().train()
+    outputs, labels = logits(net, task.test, task.device)
+    assert outputs.dtype == torch.float32 and outputs.shape == (32, 3) and labels.shape == (32,)
+    assert net.training
+    net.eval()
+    torch.testing.assert_close(outputs, net(task.test.x))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, r"`epochs` \(=0\) must be at least 1; to train nothing, leave the stage out"),
+        ({"lr": 0.0}, r"`lr` \(=0.0\) must be above 0"),
+        ({"lr": math.inf}, r"`lr` \(=inf\) must be above 0"),
+        ({"distill": 1.5}, r"`distill` \(=1.5\) must be between 0 and 1"),
+        ({"clip": -1.0}, r"`clip` \(=-1.0\) must be 0 or more"),
+        ({"optimizer": "lion"}, r"`optimizer` \(=lion\) must be one of sgd, adamw"),
+        ({"keep": "first"}, r"`keep` \(=first\) must be one of last, best"),
+        ({"epochs": 2, "warmup_epochs": 3.0}, r"`warmup_epochs` \(=3.0\) must be between 0 and 2"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FineTune(**settings)
