@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compress import machine
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
 
@@ -65,21 +67,10 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
 
 def record(name: str, rows: list[dict[str, Any]], **context: Any) -> None:
     """Keep the rows of a benchmark in results/NAME.json, with machine, versions and the command that repeats it."""
-    import platform
-    from importlib.metadata import version
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
     content = {
         "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
-        "hardware": {
-            "processor": processor,
-            "cores": len(os.sched_getaffinity(0)),
-            "features": [flag for flag in ("avx512f", "avx512_bf16", "avx512_vnni", "amx_tile") if flag in flags],
-        },
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "torchao", "onnxruntime", "onnx", "compress-cnn")},
+        "hardware": machine.hardware(),
+        "versions": machine.versions(),
         **context,
         "rows": rows,
     }

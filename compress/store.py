@@ -13,10 +13,9 @@ import json
 import os
 import platform
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from filelock import FileLock
 
 from compress import __version__, checkpoint
-from compress.errors import CheckpointError, UserError
+from compress.errors import UserError
 from compress.stage import Edit, Site, Stage
 from compress.task import Task
 
@@ -71,15 +70,30 @@ def described(stage: Stage) -> dict[str, Any]:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def home(build: Build | None) -> list[str]:
+    """What `checkpoint.load` has to allow for a base that comes from this factory."""
+    return [build[0].rpartition(".")[0]] if build else []
+
+
+@dataclass(frozen=True)
+class Done:
+    """A stage's outcome, its key, the seconds it took (when it was done, if it was found), and whether it was found."""
+
+    edit: Edit
+    key: str
+    seconds: float
+    hit: bool
+
+    def on(self, device: torch.device) -> Done:
+        """The same with its model on `device`."""
+        return replace(self, edit=replace(self.edit, model=self.edit.model.to(device)))
 
 
 @dataclass(frozen=True)
@@ -96,37 +110,35 @@ class Entry:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def load(self) -> tuple[Edit, float] | None:
-        """The stored outcome and the seconds it once took; None where there is none, or none that can be read."""
+    def load(self) -> Done | None:
+        """The stored outcome; None where there is none, or none that can be read."""
         try:
             record = json.loads((self.folder / "edit.json").read_text(encoding="utf-8"))
-            model = checkpoint.load(self.folder / "model.safetensors", allow=_own(self.build))
+            model = checkpoint.load(self.folder / "model.safetensors", allow=home(self.build))
             sites = tuple(Site(**site) for site in record["sites"])
-            return Edit(model, sites, record["notes"]), float(record["seconds"])
+            return Done(Edit(model, sites, record["notes"]), self.folder.name, float(record["seconds"]), True)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def keep(self, edit: Edit, seconds: float, input: Mapping[str, Any]) -> Edit:
+    def keep(self, done: Done, input: Mapping[str, Any]) -> Done:
         """Store an outcome, and give back the one to go on with: what was stored, as a later run would find it."""
         if self.build is None:
-            return edit
+            return done
         (self.folder / "edit.json").unlink(missing_ok=True)
         path = self.folder / "model.safetensors"
-        checkpoint.save(edit.model, path, build=self.build, input=input, provenance={}, results={}, form="training")
-        model = checkpoint.load(path, allow=_own(self.build))
-        record = {"sites": [asdict(site) for site in edit.sites], "notes": dict(edit.notes), "seconds": seconds}
+        about: dict[str, Any] = {"input": input, "provenance": {}, "results": {}}
+        checkpoint.save(done.edit.model, path, build=self.build, form="training", **about)
+        model = checkpoint.load(path, allow=home(self.build))
+        sites, notes = [asdict(site) for site in done.edit.sites], dict(done.edit.notes)
+        record = json.dumps({"sites": sites, "notes": notes, "seconds": done.seconds})
         new = self.folder / "edit.json.new"
         with open(new, "w", encoding="utf-8") as file:
-            json.dump(record, file)
+            file.write(record)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, self.folder / "edit.json")
         shutil.rmtree(self.folder / "work", ignore_errors=True)
-        return Edit(model, edit.sites, edit.notes)
-
-
-def _own(build: Build | None) -> list[str]:
-    return [build[0].rpartition(".")[0]] if build else []
+        return replace(done, edit=replace(done.edit, model=model))
 
 
 @contextmanager
@@ -144,11 +156,3 @@ def entry(store: Path | None, scratch: Path, key: str, build: Build | None) -> I
         raise UserError(f"`cache` (={store}) cannot be written: {error.strerror}; choose another, or `off`.") from error
     with FileLock(store / f"{key}.lock"):
         yield Entry(folder, build)
-
-
-def timed() -> float:
-    """Seconds on a clock that only goes forward."""
-    return time.perf_counter()
-
-
-__all__ = ["CheckpointError", "Entry", "described", "entry", "file_digest", "key", "source_digest", "timed"]

@@ -25,6 +25,11 @@ from compress.nn.shift import ShiftConv2d
 INPUT = {"order": "rgb", "scale": 255.0, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "size": [16, 16]}
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def fused(path: Path) -> Counter[str]:
     """How often each operator stands in the graph that onnxruntime makes of the file."""
     options = onnxruntime.SessionOptions()
@@ -153,6 +158,38 @@ def test_other_networks_fuse_too(tmp_path: Path) -> None:
     assert operators["QLinearAdd"] == operators["QLinearConcat"] == operators["QLinearMul"] == 1
     assert operators["MaxPool"] == 1 and operators["Clip"] == 0
     torch.testing.assert_close(run_file(path, x), model(x), rtol=0, atol=0.05)
+
+
+def test_every_attribute_of_a_convolution_survives(tmp_path: Path) -> None:
+    convolutions = [
+        nn.Conv2d(3, 8, 3, stride=(2, 1)),
+        nn.Conv2d(8, 8, 3, padding=(1, 0), bias=False),
+        nn.Conv2d(8, 8, 3, dilation=2, padding=2, groups=2),
+        nn.Conv2d(8, 8, (1, 3), groups=8),
+        nn.Conv2d(8, 16, 1, stride=2),
+        nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(16, 16, 3, padding="same", padding_mode="circular"),
+    ]
+    layers = [layer for convolution in convolutions for layer in (convolution, nn.LeakyReLU(0.2))]
+    model = nn.Sequential(*layers, nn.Flatten()).eval()
+    x = torch.randn(8, 3, 16, 16)
+    original = model(x).detach()
+    model = quantize(model, tmp_path).model
+    expected = model(x).detach()
+    assert ((expected - original).std() / original.std()).item() < 0.1
+    report = export_onnx(model, x[:2], tmp_path / "model.onnx", input=INPUT)
+    assert report["float_layers"] == {} and fused(tmp_path / "model.onnx")["Conv"] == 0
+    difference = (run_file(tmp_path / "model.onnx", x) - expected).abs().mean() / expected.std()
+    assert difference.item() < 5e-3
+
+
+def test_a_convolution_at_the_root(tmp_path: Path) -> None:
+    edit = quantize(nn.Conv2d(3, 8, 3, padding=1).eval(), tmp_path)
+    (site,) = edit.sites
+    assert (site.name, site.after) == ("", "int8 weights per channel") and "single layer" in site.why
+    x = torch.randn(3, 3, 16, 16)
+    report = export_onnx(edit.model, x, tmp_path / "model.onnx", input=INPUT)
+    assert report["float_layers"] == {} and max(row["max_abs"] for row in report["parity"]) < 1e-5
 
 
 @pytest.mark.parametrize("bits", [2, 4])

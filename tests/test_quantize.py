@@ -275,6 +275,7 @@ def test_nan_in_calibration_names_the_place(tmp_path: Path) -> None:
 
 def test_training_goes_on_after_quantizing_and_is_repeatable(tmp_path: Path) -> None:
     def run() -> Tensor:
+        torch.manual_seed(0)
         model = quantize(warm(small(channels=3)), tmp_path, weight_bits=4).model.train()
         assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
         optimizer = torch.optim.SGD(model.parameters(), 0.01)

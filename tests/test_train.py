@@ -37,7 +37,7 @@ def state(trained: nn.Module) -> bytes:
 def test_equals_a_bare_loop(tmp_path: Path) -> None:
     task, work = noise_task(), Work(tmp_path, key="k")
     settings = FineTune(epochs=2, lr=0.1, warmup_epochs=0.0, weight_decay=0.01, clip=1.0, label_smoothing=0.1)
-    mine, bare = model(), model()
+    mine, bare = model(), model().to(memory_format=torch.channels_last)
     trained, history = fit(mine, task, work, settings)
     decayed = [p for p in bare.parameters() if p.dim() > 1]
     others = [p for p in bare.parameters() if p.dim() < 2]
@@ -50,7 +50,7 @@ def test_equals_a_bare_loop(tmp_path: Path) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = 0.1 * (1 + math.cos(math.pi * (epoch + step / 2) / 2)) / 2
             optimizer.zero_grad()
-            F.cross_entropy(bare(x), y, label_smoothing=0.1).backward()
+            F.cross_entropy(bare(x.contiguous(memory_format=torch.channels_last)), y, label_smoothing=0.1).backward()
             nn.utils.clip_grad_norm_(bare.parameters(), 1.0)
             optimizer.step()
     for ours, theirs in zip(trained.state_dict().values(), bare.state_dict().values(), strict=True):

@@ -51,7 +51,7 @@ def export_onnx(
     example = example.detach().cpu()
     written = Normalized(plain, input) if normalize else plain
     raw = written.undo(example) if isinstance(written, Normalized) else example
-    prefix = "model." if normalize else ""
+    prefix = "model" if normalize else ""
     with _quiet():
         program = torch.onnx.export(
             exported(written, raw),
@@ -64,7 +64,7 @@ def export_onnx(
             verbose=False,
         )
     assert program is not None
-    weights = {f"{prefix}{name}.weight": scale for name, scale in scales.items()}
+    weights = {".".join(filter(None, (prefix, name, "weight"))): scale for name, scale in scales.items()}
     kept = onnx_integers.integers(program.model, weights)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces: a quarter of a small file, and paths of the machine it was made on

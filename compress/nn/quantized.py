@@ -36,7 +36,7 @@ class FakeQuantizeWeight(nn.Module):
 
     @property
     def finest_scale(self) -> Tensor:
-        """`scale` by the largest power of two that keeps the integers in int8: what they count in where all are int8."""
+        """`scale` over the largest power of two that keeps the integers in int8; the unit of exported weights."""
         return self.scale / float(2 ** ((127 // self.limit).bit_length() - 1))
 
     def forward(self, weight: Tensor) -> Tensor:

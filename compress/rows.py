@@ -1,0 +1,91 @@
+"""A row of the table: what a model is after a step of a run, and how it answers beside the base."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from compress import measure
+from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
+from compress.stage import Edit
+from compress.store import Done
+from compress.task import Progress, Task
+from compress.train import divergence, logits
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Which test images a model gets right (images,), and its logits on val (images, classes)."""
+
+    correct: Tensor
+    val: Tensor
+
+
+def answers(model: nn.Module, task: Task, display: Progress, name: str) -> Answers:
+    """Evaluate a model on test and val, in float32."""
+    display.start(f"evaluate {name}", 2)
+    outputs, labels = logits(model, task.test, task.device)
+    display.step("test")
+    val, _ = logits(model, task.val, task.device)
+    display.step("val")
+    display.end()
+    return Answers(outputs.argmax(1) == labels, val)
+
+
+def row(
+    name: str, settings: dict[str, Any] | None, done: Done, mine: Answers, base: Answers, task: Task
+) -> dict[str, Any]:
+    """The row as plain JSON; `settings` are those of the stage that made the model, where one did.
+
+    `base` are the base model's answers: the paired test, the agreement and the divergence are against them. The file's
+    bytes and the latency are not known here.
+    """
+    model = done.edit.model
+    profile = measure.profile(model, task.example.to(task.device))
+    correct, total = int(mine.correct.sum()), len(mine.correct)
+    notes = dict(done.edit.notes)
+    history = notes.pop("history", [])
+    compared: dict[str, Any] = {"paired": None, "agreement": None, "divergence": None}
+    if mine is not base:
+        same = mine.val.argmax(1) == base.val.argmax(1)
+        compared = {
+            "paired": measure.paired(base.correct, mine.correct),
+            "agreement": float(same.float().mean()),
+            "divergence": divergence(mine.val, base.val),
+        }
+    settings = dict(settings or {})
+    return {
+        "name": name,
+        "stage": settings.pop("stage", "").rpartition(".")[2] or None,
+        "settings": settings,
+        "accuracy": {"correct": correct, "total": total, **measure.accuracy(correct, total)},
+        **compared,
+        "params": profile.params,
+        "nonzero": profile.nonzero,
+        "macs": profile.macs,
+        "uncounted": list(profile.uncounted),
+        "activation_bytes": profile.activation_bytes,
+        "bytes": None,
+        "file": None,
+        "latency": None,
+        "energy_uj": measure.energy(profile, *_bits(model)).total_uj,
+        "seconds": done.seconds,
+        "cached": done.hit,
+        "sites": [asdict(site) for site in done.edit.sites],
+        "notes": notes,
+        "history": history,
+    }
+
+
+def plain(model: nn.Module, seconds: float) -> Done:
+    """A step that no stage made: the base with its weights, or the result as it loads."""
+    return Done(Edit(model), "", seconds, False)
+
+
+def _bits(model: nn.Module) -> tuple[int, int]:
+    """Bits of the weights and of the activations: the widest of each; 32 where nothing is quantized."""
+    weights = [module.bits for module in model.modules() if isinstance(module, FakeQuantizeWeight)]
+    activations = [module.bits for module in model.modules() if isinstance(module, FakeQuantize)]
+    return max(weights, default=32), max(activations, default=32)
