@@ -65,10 +65,10 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def record(name: str, rows: list[dict[str, Any]], **context: Any) -> None:
+def record(name: str, rows: list[dict[str, Any]], script: str | None = None, **context: Any) -> None:
     """Keep the rows of a benchmark in results/NAME.json, with machine, versions and the command that repeats it."""
     content = {
-        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{script or name}.py", *sys.argv[1:]]),
         "hardware": machine.hardware(),
         "versions": machine.versions(),
         **context,

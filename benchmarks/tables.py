@@ -30,9 +30,10 @@ def table(header: list[str], lines: list[list[str]], caption: str) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + f"\n\n{caption}"
 
 
-def cifar10(content: dict[str, Any]) -> str:
+def cifar10(contents: list[dict[str, Any]]) -> str:
     lines = []
-    for row in content["rows"]:
+    for content in contents:
+        row = content["rows"][0]
         latency = row["latency"]
         lines.append(
             [
@@ -48,13 +49,14 @@ def cifar10(content: dict[str, Any]) -> str:
         )
     header = ["recipe", "model", "base top-1 %", "top-1 % (95 %)", "file", "MACs", "time against base", "run takes"]
     caption = (
-        f"CIFAR-10, 10,000 test images, seed 0; time: onnxruntime, batch 1, ratio to the float32 base (5 rounds). "
-        f"{machine(content)}. `{content['command']}`"
+        "CIFAR-10, 10,000 test images, seed 0; time: onnxruntime, batch 1, ratio to the float32 base (5 rounds). "
+        f"{machine(contents[0])}. `python benchmarks/cifar10.py RECIPE MODEL`"
     )
     return table(header, lines, caption)
 
 
-def shift_start(content: dict[str, Any]) -> str:
+def shift_start(contents: list[dict[str, Any]]) -> str:
+    (content,) = contents
     lines = [
         [
             str(row["taps"]),
@@ -69,7 +71,8 @@ def shift_start(content: dict[str, Any]) -> str:
     return table(["taps of 9", "top-1 %", "params", "MACs", "time"], lines, caption + f"`{content['command']}`")
 
 
-def digits(content: dict[str, Any]) -> str:
+def digits(contents: list[dict[str, Any]]) -> str:
+    (content,) = contents
     lines = [
         [
             str(row["seed"]),
@@ -85,18 +88,23 @@ def digits(content: dict[str, Any]) -> str:
     return table(header, lines, f"`shift_quant`, 449 test images. {machine(content)}. `{content['command']}`")
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"cifar10": cifar10, "shift_start": shift_start, "digits": digits}
+Render = Callable[[list[dict[str, Any]]], str]
+TABLES: dict[str, Render] = {"cifar10": cifar10, "shift_start": shift_start, "digits": digits}
+    "cifar10": cifar10,
+    "shift_start": shift_start,
+    "digits": digits,
+}
 
 
-def stored(name: str) -> dict[str, Any] | None:
-    file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+def stored(name: str) -> list[dict[str, Any]]:
+    files = [RESULTS / f"{name}.json", *sorted(RESULTS.glob(f"{name}-*.json"))]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
 
 def readme(text: str) -> str:
     for name, render in TABLES.items():
-        content = stored(name)
-        body = f"\n{render(content)}\n" if content else "\n"
+        contents = stored(name)
+        body = f"\n{render(contents)}\n" if contents else "\n"
         text = re.sub(
             rf"(<!-- table: {name} -->)\n.*?(<!-- end -->)", lambda m, b=body: f"{m[1]}{b}{m[2]}", text, flags=re.DOTALL
         )
@@ -104,7 +112,7 @@ def readme(text: str) -> str:
 
 
 def recipe(name: str, text: str) -> str:
-    rows = [row for row in (stored("cifar10") or {"rows": []})["rows"] if row["recipe"] == name]
+    rows = [row for content in stored("cifar10") for row in content["rows"] if row["recipe"] == name]
     measured = "not yet measured."
     if rows:
         row = rows[0]

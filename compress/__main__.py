@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from compress import config, plan
 from compress.errors import ConfigError, TrainingError, UserError
+from compress.files import UNFINISHED
 
 TRAINING_FAILED = 1
 BAD_INPUT = 2
@@ -140,7 +141,8 @@ def execute(job: config.Job) -> int:
         return complain(error, BAD_INPUT)
     finally:
         with suppress(OSError):
-            out.rmdir()  # only where nothing was written
+            (out / UNFINISHED).rmdir()  # each only where nothing was written
+            out.rmdir()
     return 0
 
 

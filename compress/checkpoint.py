@@ -19,8 +19,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from compress.blueprint import Parts, assemble, describe
 from compress.constructors import Build, build_base, canonical_build, foreign
 from compress.errors import CheckpointError, UserError
+from compress.files import write
 from compress.packing import Slot, decoded_bytes, fill_state, pack_state, plain_name, state_of, times_scale
-from compress.sealed import FORMAT, FORMS, read_bytes, require_folder, seal, unseal, write
+from compress.sealed import FORMAT, FORMS, read_bytes, require_folder, seal, unseal
 from compress.surgery import is_ours
 
 __all__ = ["foreign", "load", "read", "save"]

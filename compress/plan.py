@@ -20,19 +20,20 @@ import torch
 from torch import nn
 
 from compress import surgery
+from compress.constructors import Build
 from compress.data import Source, make_task
 from compress.errors import ConfigError
+from compress.files import UNFINISHED
+from compress.measure import RUNTIMES
 from compress.models.weights import load_weights
 from compress.stage import Stage, order_problems
 from compress.targets import collecting, factory, stage
 from compress.task import PRECISIONS, Task
 
-Build = tuple[str, dict[str, Any]]
-
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": PRECISIONS,
-    "target": ("onnxruntime", "openvino", "torch"),
+    "target": tuple(RUNTIMES),
     "measure": ("ends", "all", "none"),
 }
 EXPORTS = ("onnx", "pt2")
@@ -99,19 +100,21 @@ def fresh(out: Path) -> Path:
     number, folder = 1, out
     while True:
         try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if folder.is_dir() and not any(folder.iterdir()):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not any(folder.iterdir()):
+                (folder / UNFINISHED).mkdir()  # fails for all but one of two runs that start at once
                 return folder
-            number += 1
-            folder = out.with_name(f"{out.name}-{number}")
+        except FileExistsError:
+            pass
+        number += 1
+        folder = out.with_name(f"{out.name}-{number}")
 
 
 def require_writable(key: str, folder: Path) -> None:
     """Raise `ConfigError` unless files can be written in `folder`, which need not exist; leaves nothing behind."""
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    place = folder.absolute()
     try:
+        place = next(p for p in (place, *place.parents) if p.exists())
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(4096))
     except OSError as error:
@@ -215,7 +218,7 @@ def _model(
                 arguments.setdefault(name, int(value))
         with collecting(problems):
             base = _base(target, function, arguments, weights)
-            problems += _first_structural(base, stages)
+            problems += _misfits(base, stages)
     return (target, arguments), weights, None if weights else train
 
 
@@ -238,16 +241,23 @@ def _base(target: str, function: Callable[..., Any], arguments: Mapping[str, Any
     return model
 
 
-def _first_structural(base: nn.Module, stages: Mapping[str, Stage]) -> list[str]:
-    """What the first stage that changes layers finds wrong in the base; later ones see names that it makes."""
+def _misfits(base: nn.Module, stages: Mapping[str, Stage]) -> list[str]:
+    """What stages find wrong in the base before anything runs.
+
+    Stages keep the names of layers, so patterns are held against the base; a stage that comes after one that makes new
+    layers may be about those, so only the first has its `check` called.
+    """
     problems: list[str] = []
-    name = next((name for name, each in stages.items() if each.kind != "finetune"), None)
-    kinds = getattr(stages[name], "kinds", None) if name is not None else None
-    if name is not None and kinds is not None:
-        first = stages[name]
+    first = True
+    for name, each in stages.items():
+        if not hasattr(each, "kinds"):
+            continue
         with collecting(problems, f"`stages.{name}`: "):
-            names = list(surgery.layers(base, kinds))
-            surgery.matching(names, getattr(first, "include", ()), getattr(first, "exclude", ()))
-            if hasattr(first, "check"):
-                first.check(base)
+            names = list(surgery.layers(base, each.kinds))
+            reasons = surgery.matching(names, getattr(each, "include", ()), getattr(each, "exclude", ()))
+            if names and all(reasons.values()):
+                raise ConfigError("`include` and `exclude` leave no layer to change.")
+            if first and hasattr(each, "check"):
+                each.check(base)
+        first = False
     return problems

@@ -95,6 +95,8 @@ class Pairs:
 class Normal:
     """Normal equations of a convolution, per group: `gram` (G, F, F) and `cross` (G, F, O / G), in float64.
 
+    All on the CPU: they are small, and solving in float64 is what the CPU is for.
+
     Features are the input's window positions, F = channels per group x positions, channel by channel; with `bias`
     there is one more, which is always 1. `power` (G,) is the sum of squares of the targets.
     """
@@ -124,7 +126,7 @@ def normal_equations(layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], i
         b = _by_group(targets, layer.groups)
         if bias:
             a = torch.cat((a, a.new_ones(a.shape[0], 1, a.shape[2])), 1)
-        parts = (a @ a.mT).double(), (a @ b.mT).double(), b.double().square().sum((1, 2))
+        parts = [part.cpu().double() for part in (a @ a.mT, a @ b.mT, b.square().sum((1, 2)))]
         if gram is None or cross is None or power is None:
             gram, cross, power = parts
         else:
@@ -143,14 +145,6 @@ def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
     # Also right for padding="same", which may be wider on one side.
     around = layer._reversed_padding_repeated_twice
     return F.pad(x, around, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-
-
-def solve(normal: Normal, group: int, keep: Tensor, ridge: float) -> Tensor:
-    """The weights (kept features, O / G) of least error with a ridge relative to the gram matrix's mean diagonal."""
-    gram = normal.gram[group][keep][:, keep]
-    gram = gram + torch.eye(len(keep), dtype=gram.dtype, device=gram.device) * (ridge * gram.diagonal().mean())
-    weights: Tensor = torch.linalg.solve(gram, normal.cross[group][keep])
-    return weights
 
 
 def eliminate(normal: Normal, group: int, positions: int, taps: int, ridge: float) -> tuple[Tensor, Tensor]:

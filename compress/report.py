@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.errors import UserError
+from compress.files import write as write_file
 from compress.wording import COLUMNS, cells, remarks, title
 
 FORMAT = 1
@@ -37,10 +36,10 @@ def write(result: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     _check(result, "result")
     finite = _finite(dict(result))
     data, page = Path(folder) / "report.json", Path(folder) / "report.html"
-    _write(data, json.dumps(finite, indent=1, ensure_ascii=False) + "\n")
+    write_file(data, json.dumps(finite, indent=1, ensure_ascii=False) + "\n")
     from compress.page import render  # matplotlib and jinja2 take a second to load, and only a page needs them
 
-    _write(page, render(finite))
+    write_file(page, render(finite))
     return data, page
 
 
@@ -106,23 +105,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(f"`{path}` cannot be written: {error.strerror or error}.") from error
-
-
 def _print(text: str, stream: TextIO) -> None:
     try:
         text.encode(stream.encoding or "utf-8")
@@ -143,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = Path(given[0])
         result = read(path)
         show(result)
-        _write(path.with_suffix(".html"), render(result))
+        write_file(path.with_suffix(".html"), render(result))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from compress import measure
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
@@ -85,7 +86,10 @@ def plain(model: nn.Module, seconds: float) -> Done:
 
 
 def _bits(model: nn.Module) -> tuple[int, int]:
-    """Bits of the weights and of the activations: the widest of each; 32 where nothing is quantized."""
-    weights = [module.bits for module in model.modules() if isinstance(module, FakeQuantizeWeight)]
-    activations = [module.bits for module in model.modules() if isinstance(module, FakeQuantize)]
+    """Bits of the weights and of the activations, the widest of each; 32 as soon as one layer is in float."""
+    weights, activations = [], [m.bits for m in model.modules() if isinstance(m, FakeQuantize)]
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            inside = module.modules() if parametrize.is_parametrized(module, "weight") else ()
+            weights.append(next((part.bits for part in inside if isinstance(part, FakeQuantizeWeight)), 32))
     return max(weights, default=32), max(activations, default=32)

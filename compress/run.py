@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import shutil
 import tempfile
 import time
@@ -17,12 +16,14 @@ import torch
 from torch import nn
 
 from compress import __version__, checkpoint, machine, measure, progress, report, store
+from compress.constructors import Build
 from compress.errors import ConfigError, UserError
+from compress.files import UNFINISHED
 from compress.lower import export_onnx, export_pt2
 from compress.models.weights import load_weights
 from compress.rows import answers, plain, row
 from compress.stage import Stage, order_problems
-from compress.store import Build, Done
+from compress.store import Done
 from compress.task import Progress, Task, Work
 
 SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx"}  # of the file that a target runs; others take a .pt2
@@ -39,8 +40,8 @@ class Result:
     @property
     def checkpoint(self) -> Path | None:
         """The file for `compress.load`; None for a model without `build`."""
-        path = self.folder / "model.safetensors"
-        return path if path.exists() else None
+        written = self.report["checkpoint"]
+        return self.folder / written["file"] if written else None
 
 
 def run(
@@ -106,7 +107,7 @@ class _Place:
     @property
     def scratch(self) -> Path:
         """For stages that no store keeps; gone when the run ends well."""
-        return self.folder / "unfinished"
+        return self.folder / UNFINISHED
 
     def outcome(self, name: str, stage: Stage, model: nn.Module, task: Task, key: str) -> Done:
         """What a stage makes of the model: from the store where it is there, else by doing it."""
@@ -140,15 +141,18 @@ class _Place:
         self.display.end()
         return written | {"file": path.name}
 
-    def latencies(self, models: Mapping[str, nn.Module], task: Task) -> dict[str, dict[str, Any]]:
-        """Latency of each model in the target runtime, against the first; files that were exported are used."""
+    def latencies(
+        self, models: Mapping[str, nn.Module], exported: Sequence[str], task: Task
+    ) -> dict[str, dict[str, Any]]:
+        """Latency of each model in the target runtime, against the first; the result's `exported` file is used."""
         suffix = SUFFIXES.get(self.target, ".pt2")
         with tempfile.TemporaryDirectory(prefix="compress-") as temporary:
             paths = {}
             for name, model in models.items():
-                exported = self.folder / f"model{suffix}"
-                paths[name] = exported if name == "result" and exported.exists() else Path(temporary) / (name + suffix)
-                if not paths[name].exists():
+                if name == "result" and f"model{suffix}" in exported:
+                    paths[name] = self.folder / f"model{suffix}"
+                else:
+                    paths[name] = Path(temporary) / (name + suffix)
                     self.write(model, paths[name], task)
             self.display.start("latency", 1)
             measured = measure.latency(paths, task.example, target=self.target)
@@ -181,7 +185,8 @@ def _carry_out(
 
     for name, stage in stages.items():
         what = store.described(stage)
-        done = place.outcome(name, stage, done.edit.model, task, store.key(done.key, what, task))
+        key = store.key(done.key, [what, store.code_of(type(stage))], task)
+        done = place.outcome(name, stage, done.edit.model, task, key)
         hits.append({"stage": name, "key": done.key, "hit": done.hit})
         rows.append(row(name, what, done, answers(done.edit.model, task, place.display, name), first, task))
         if which == "all":
@@ -208,7 +213,7 @@ def _carry_out(
     rows.append(result)
     exports = [place.write(final, place.folder / f"model.{kind}", task) for kind in export]
     if timed:
-        measured = place.latencies(timed | {"result": final}, task)
+        measured = place.latencies(timed | {"result": final}, [export["file"] for export in exports], task)
         for line in rows:
             line["latency"] = measured.get(line["name"])
     factory, arguments = place.build or (None, {})
@@ -216,6 +221,7 @@ def _carry_out(
         "format": report.FORMAT,
         "seed": task.seed,
         "data": {
+            "name": task.name or "images",
             "fingerprint": task.fingerprint,
             "sizes": {name: getattr(task, name).images for name in ("train", "val", "test")},
             "input": dict(task.input),
@@ -245,13 +251,13 @@ def _base(
         assert place.build is not None
         model = _factory(place.build)(**place.build[1])
         assert model is not None
-    what = {"build": place.build, "source": _source(place.build)}
+    what = {"build": place.build, "code": store.code_of(_factory(place.build)) if place.build else None}
     if weights is not None:
         load_weights(model, Path(weights))
     elif train is not None:
         key = store.key(store.key("", what, task), store.described(train), task)
         return place.outcome("base", train, model, task, key), False
-    key = store.key(store.file_digest(Path(weights)) if weights is not None else "", what, task)
+    key = store.key(store.state_digest(model), what, task)
     done = replace(plain(model.eval(), time.perf_counter() - started), key=key).on(task.device)
     return done, given or weights is not None
 
@@ -272,13 +278,3 @@ def _publish(place: _Place, content: dict[str, Any]) -> None:
 def _factory(build: Build) -> Any:
     module, _, name = build[0].rpartition(".")
     return getattr(import_module(module), name)
-
-
-def _source(build: Build | None) -> str | None:
-    """A digest of the file that builds the base, so that a changed model never finds old outcomes."""
-    if build is None:
-        return None
-    try:
-        return store.file_digest(Path(inspect.getfile(_factory(build))))
-    except (TypeError, OSError):
-        return None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,30 +65,6 @@ def require_folder(path: Path) -> None:
         raise UserError(f"`path` (={path}) is a folder; it must be the name of a file.")
     if not path.parent.is_dir():
         raise UserError(f"`path` (={path}) is in a folder that does not exist; make it first.")
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: beside it first, synced, then renamed over what was there.
-
-    Raises:
-        UserError: the file cannot be written; what was there is still there.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise UserError(f"`path` (={path}) cannot be written: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -66,10 +66,17 @@ ORDER: dict[str, dict[str, str]] = {
 }
 
 
+RESERVED = ("base", "result")
+
+
 def order_problems(stages: Mapping[str, Stage]) -> list[str]:
     """Every pair of stages that stands in an order which makes no sense, as sentences. Empty when all is well."""
-    problems = []
     names = list(stages)
+    problems = [
+        f"`stages.{name}` needs another name: the table has a row of its own called {name}."
+        for name in RESERVED
+        if name in stages
+    ]
     for i, earlier in enumerate(names):
         for later in names[i + 1 :]:
             reason = ORDER[stages[earlier].kind][stages[later].kind]

@@ -9,26 +9,29 @@ process.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from torch import nn
 
 from compress import __version__, checkpoint
+from compress.constructors import Build
 from compress.errors import UserError
+from compress.files import write
 from compress.stage import Edit, Site, Stage
 from compress.task import Task
 
-Build = tuple[str, dict[str, Any]]
 PACKAGE = Path(__file__).parent
 # What can change a stage's outcome; reports and command line cannot.
 SOURCES = ("nn", "stages", "models", "data", "lower", "reconstruct.py", "stage.py", "surgery.py", "task.py", "train.py")
@@ -57,6 +60,7 @@ def key(parent: str, what: Any, task: Task) -> str:
         "threads": torch.get_num_threads() if task.device.type == "cpu" else None,
         "machine": platform.machine(),
         "torch": torch.__version__,
+        "torchao": version("torchao"),
         "compress": f"{__version__}+{source_digest()}",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -66,6 +70,23 @@ def described(stage: Stage) -> dict[str, Any]:
     """A stage as plain JSON: its class and every setting."""
     settings = asdict(stage)  # type: ignore[call-overload]  # stages are dataclasses, which a Protocol cannot say
     return {"stage": f"{type(stage).__module__}.{type(stage).__qualname__}", **settings}
+
+
+def code_of(thing: Any) -> str | None:
+    """A digest of the file that defines a class or function, so that changed code never finds old outcomes."""
+    try:
+        return file_digest(Path(inspect.getfile(thing)))
+    except (TypeError, OSError):
+        return None
+
+
+def state_digest(model: nn.Module) -> str:
+    """A digest of every tensor of a model."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -131,12 +152,7 @@ class Entry:
         model = checkpoint.load(path, allow=home(self.build))
         sites, notes = [asdict(site) for site in done.edit.sites], dict(done.edit.notes)
         record = json.dumps({"sites": sites, "notes": notes, "seconds": done.seconds})
-        new = self.folder / "edit.json.new"
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(record)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.folder / "edit.json")
+        write(self.folder / "edit.json", record)
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         return replace(done, edit=replace(done.edit, model=model))
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import PurePath
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
@@ -71,13 +72,18 @@ def factory(where: str, node: Any, own: Iterable[str], problems: list[str]) -> C
         problems.append(f"`{where}._target_` (={target}) is not a function or class.")
         return None
     arguments = {key: value for key, value in node.items() if key not in own}
-    parameters = inspect.signature(found).parameters
-    hints = get_type_hints(inspect.getattr_static(found, "__init__") if isinstance(found, type) else found)
+    try:
+        parameters = inspect.signature(found).parameters
+        hints = get_type_hints(inspect.getattr_static(found, "__init__") if isinstance(found, type) else found)
+    except (NameError, TypeError, ValueError):  # annotations that exist for type checkers only, or a built-in
+        return found, str(target), {str(key): value for key, value in arguments.items() if key != "_target_"}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         hints = {**dict.fromkeys(arguments, Any), **hints}
     types = {name: hints.get(name, Any) for name in (*parameters, *hints)}
     before = len(problems)
     given = _converted(where, str(target), types, arguments, problems)
+    # A factory's arguments are written into files, so they stay plain: a path is a string there.
+    given = {key: str(value) if isinstance(value, PurePath) else value for key, value in given.items()}
     return (found, str(target), given) if len(problems) == before else None
 
 

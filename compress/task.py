@@ -37,8 +37,9 @@ class Task:
     """What the model is for: the data, the classes, where and how precisely to compute.
 
     `input` is what the network wants: {order, scale, mean, std, size, resize, crop}. `example` is a normalised batch
-    of two, (2, C, H, W), so that export keeps the batch dynamic. `fingerprint` names the data, its split and its
-    augmentation. `val_seen` says that the given base weights may have been trained on `val`.
+    of two, (2, C, H, W), so that export keeps the batch dynamic. `fingerprint` stands for the data, its split and
+    its augmentation, `name` is what people call it. `val_seen` says that the given base weights may
+    have been trained on `val`.
     """
 
     train: Batches
@@ -49,6 +50,7 @@ class Task:
     classes: int
     input: Mapping[str, Any]
     fingerprint: str
+    name: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "bfloat16"
     seed: int = 0

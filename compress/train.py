@@ -10,52 +10,26 @@ import contextlib
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compress.errors import TrainingError
+from compress.errors import ConfigError, TrainingError
+from compress.files import write
 from compress.task import Batches, Task, Work
 
+if TYPE_CHECKING:
+    from compress.stages.finetune import FineTune  # its fields are the settings; it calls `fit`
+
 History = list[dict[str, Any]]
-
-
-class Training(Protocol):
-    """The settings of a training run; `compress.stages.FineTune` has them, says what they mean, and their defaults."""
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def optimizer(self) -> str: ...
-    @property
-    def momentum(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def warmup_epochs(self) -> float: ...
-    @property
-    def label_smoothing(self) -> float: ...
-    @property
-    def distill(self) -> float: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def clip(self) -> float: ...
-    @property
-    def average(self) -> float: ...
-    @property
-    def keep(self) -> str: ...
 
 
 def logits(model: nn.Module, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -63,7 +37,7 @@ def logits(model: nn.Module, batches: Batches, device: torch.device) -> tuple[Te
     was_training = model.training
     model.eval()
     outputs, labels = [], []
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
         for x, y in batches:
             outputs.append(model(_laid_out(x.to(device))).float().cpu())
             labels.append(y.cpu())
@@ -85,7 +59,7 @@ def _laid_out(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def fit(model: nn.Module, task: Task, work: Work, settings: Training) -> tuple[nn.Module, History]:
+def fit(model: nn.Module, task: Task, work: Work, settings: FineTune) -> tuple[nn.Module, History]:
     """Train `model` on `task.train`; gives back the trained model in eval mode and one record for each epoch.
 
     The state is stored in `work.folder` after each epoch: a run that was killed goes on with the epoch it was in, and
@@ -107,23 +81,32 @@ def fit(model: nn.Module, task: Task, work: Work, settings: Training) -> tuple[n
         for step, (x, y) in enumerate(task.train.epoch(work.seed(task.seed, "batches", epoch))):
             loss, correct = run.step(x.to(task.device), y.to(task.device), epoch + step / steps)
             if not math.isfinite(loss):
-                good = f"the state after epoch {epoch} is kept in {state}" if epoch else "no epoch had ended yet"
                 raise TrainingError(
-                    f"the loss became {loss} in epoch {epoch + 1}, step {step + 1}; {good}. "
+                    f"the loss became {loss} in epoch {epoch + 1}, step {step + 1}; {_kept(state, epoch)}. "
                     f"Lower `lr` (={settings.lr}), or set `clip` (={settings.clip}) to 1."
                 )
             total, right, seen = total + loss * len(y), right + correct, seen + len(y)
             work.progress.step(f"epoch {epoch + 1}, loss {total / seen:.3f}")
+        broken = next((name for name, t in model.state_dict().items() if not bool(t.isfinite().all())), None)
+        if broken is not None:
+            raise TrainingError(
+                f"`{broken}` is no longer finite after epoch {epoch + 1}, step {steps}; {_kept(state, epoch)}. "
+                f"Lower `lr` (={settings.lr}), or set `clip` (={settings.clip}) to 1."
+            )
         run.end_epoch(epoch, total / seen, right / seen, time.perf_counter() - started)
         run.store(state, epoch + 1)
     work.progress.end()
     return run.result(), run.history
 
 
+def _kept(state: Path, epochs: int) -> str:
+    return f"the state after epoch {epochs} is kept in {state}" if epochs else "no epoch had ended yet"
+
+
 class _Run:
     """What changes during a training run: the model, the optimizer, the average, the best so far."""
 
-    def __init__(self, model: nn.Module, task: Task, settings: Training) -> None:
+    def __init__(self, model: nn.Module, task: Task, settings: FineTune) -> None:
         self.model, self.task, self.settings = model, task, settings
         self.history: History = []
         self.names = {id(p): name for name, p in model.named_parameters()}
@@ -132,7 +115,10 @@ class _Run:
         self.average = copy.deepcopy(model) if settings.average else None
         self.best: dict[str, Tensor] = {}
         self.best_score = -math.inf
-        self.penalties = [module for module in model.modules() if hasattr(module, "penalty")]
+        self.wanted: Tensor | None = None  # the teacher's logits on val
+        self.penalties = [m for m in model.modules() if hasattr(m, "penalty") and m.penalty().requires_grad]  # type: ignore[operator]  # ours
+        if settings.distill and task.teacher is None:
+            raise ConfigError(f"`distill` (={settings.distill}) needs a base model to learn from; set it to 0 here.")
         self.teacher = task.teacher if settings.distill else None
         if self.teacher is not None:
             _channels_last(self.teacher.to(task.device)).eval()
@@ -185,7 +171,9 @@ class _Run:
             record["val_top1"] = 100 * float((outputs.argmax(1) == labels).float().mean())
             score = record["val_top1"]
             if self.task.val_seen and self.task.teacher is not None:
-                score = -divergence(outputs, logits(self.task.teacher, self.task.val, self.task.device)[0])
+                if self.wanted is None:
+                    self.wanted = logits(self.task.teacher, self.task.val, self.task.device)[0]
+                score = -divergence(outputs, self.wanted)
             if score > self.best_score:
                 self.best_score = score
                 self.best = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
@@ -222,12 +210,8 @@ class _Run:
                     tensors[f"optimizer/{self.names[id(parameter)]}/{key}"] = value
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         notes = {"epochs": epochs, "history": self.history, "best_score": self.best_score}
-        new = path.with_suffix(".new")
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(tensors, new, {"run": json.dumps(notes)})
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
+        write(path, safetensors.torch.save(tensors, {"run": json.dumps(notes)}))
 
     def restore(self, path: Path) -> int:
         """Go on from a stored state; gives back the number of epochs it has behind it."""
@@ -245,7 +229,7 @@ class _Run:
             parameter_name, _, key = name.rpartition("/")
             parameter = parameters[parameter_name]
             if tensor.dim():
-                tensor = tensor.to(parameter.device).clone(memory_format=torch.preserve_format)
+                tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
             self.optimizer.state[parameter][key] = tensor
         self.best, self.best_score = parts["best"], notes["best_score"]
         self.history = notes["history"]
@@ -255,7 +239,7 @@ class _Run:
         return (p for group in self.optimizer.param_groups for p in group["params"])
 
 
-def _schedule(epoch: float, settings: Training) -> float:
+def _schedule(epoch: float, settings: FineTune) -> float:
     """Factor on the learning rate: linear warm-up, then half a cosine down to zero."""
     if epoch < settings.warmup_epochs:
         return (epoch + 1e-2) / settings.warmup_epochs
@@ -263,7 +247,7 @@ def _schedule(epoch: float, settings: Training) -> float:
     return (1 + math.cos(math.pi * (epoch - settings.warmup_epochs) / left)) / 2
 
 
-def _optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, settings: FineTune) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum or AdamW; weights decay, vectors (biases, norms) do not, modules' own rules win."""
     rules: dict[int, dict[str, float]] = {}
     for module in model.modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from dataclasses import replace
@@ -23,8 +22,8 @@ from compress.task import Task, Work
 from compress.train import divergence, fit, logits
 
 
-def model() -> nn.Module:
-    torch.manual_seed(0)
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(378, 3)
     )
@@ -89,10 +88,10 @@ class Breaks:
 )
 @pytest.mark.parametrize("at", [0, 2])
 def test_killed_and_resumed_ends_in_the_same_bytes(settings: FineTune, at: int, tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    teacher = model()
-    task = replace(noise_task(), precision="bfloat16", teacher=teacher.eval())
-    whole, history = fit(model(), task, Work(tmp_path / "a", key="k"), settings) if _made(tmp_path) else (model(), [])
+    task = replace(noise_task(), precision="bfloat16", teacher=model(seed=3).eval())
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    whole, history = fit(model(), task, Work(tmp_path / "a", key="k"), settings)
     broken = replace(task, train=Breaks(task.train, at))
     with pytest.raises(Killed):
         fit(model(), broken, Work(tmp_path / "b", key="k"), settings)
@@ -101,22 +100,14 @@ def test_killed_and_resumed_ends_in_the_same_bytes(settings: FineTune, at: int, 
     assert [r["loss"] for r in later] == [r["loss"] for r in history]
 
 
-def _made(path: Path) -> bool:
-    (path / "a").mkdir()
-    (path / "b").mkdir()
-    return True
-
-
 def test_what_ran_before_does_not_matter(tmp_path: Path) -> None:
-    task, work = noise_task(), Work(tmp_path / "a", key="k")
-    _made(tmp_path)
-    first, _ = fit(model(), task, work, FineTune(epochs=1))
-    fresh = model()
-    torch.rand(17)
-    second, _ = fit(fresh, task, Work(tmp_path / "b", key="k"), FineTune(epochs=1))
-    assert state(first) == state(second)
-    third, _ = fit(model(), task, Work(tmp_path, key="another"), FineTune(epochs=1))
-    assert state(first) != state(third)
+    ended = []
+    for number, (drawn, key) in enumerate(((0, "k"), (17, "k"), (0, "another"))):
+        (tmp_path / str(number)).mkdir()
+        net = model()
+        torch.rand(drawn)
+        ended.append(state(fit(net, noise_task(), Work(tmp_path / str(number), key=key), FineTune(epochs=1))[0]))
+    assert ended[0] == ended[1] != ended[2]
 
 
 def test_training_that_turns_to_nan_says_where_and_keeps_the_last_good_state(tmp_path: Path) -> None:
@@ -148,8 +139,7 @@ def test_displacements_have_their_own_rate_and_penalty(tmp_path: Path) -> None:
 
 
 def test_distillation_alone_follows_the_teacher(tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    teacher = copy.deepcopy(model()).eval()
+    teacher = model(seed=5).eval()
     task = replace(noise_task(), teacher=teacher)
     student = model()
     wanted, _ = logits(teacher, task.test, task.device)

@@ -66,6 +66,7 @@ def make_task(
         classes=source.classes,
         input=described,
         fingerprint=fingerprint(source.fingerprint, sorted(described.items()), batch_size, calibration_images, seed),
+        name=source.name,
         device=where,
         precision=precision,
         seed=seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.files import write
 from compress.lower.parity import parity
 from compress.lower.plain import Grid, lower, matching_scales
 from compress.lower.pt2 import exported
@@ -72,8 +74,9 @@ def export_onnx(
     for value in [*program.model.graph.initializers.values(), *program.model.graph.inputs]:
         value.metadata_props.clear()
     program.model.metadata_props["input"] = json.dumps({**input, "normalized_by_file": normalize})
-    program.save(path)
-    rows = parity(written, _runtime(path), raw)
+    write(path, program.model_proto.SerializeToString())
+    original = copy.deepcopy(model).cpu().eval()
+    rows = parity(Normalized(original, input) if normalize else original, _runtime(path), raw)
     return {"file": str(path), "bytes": path.stat().st_size, "float_layers": kept, "parity": rows}
 
 

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 BATCHES = (1, 2, 7)
 
 
-def parity(model: nn.Module, file: Callable[[Tensor], Tensor], example: Tensor) -> list[dict[str, Any]]:
+def parity(
+    model: Callable[[Tensor], Tensor], file: Callable[[Tensor], Tensor], example: Tensor
+) -> list[dict[str, Any]]:
     """For each batch size, the largest difference of the logits and the share of images with the same top-1 class.
 
     The images are those of `example` (N, C, H, W), and noisy ones of the same range after them.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compress.files import write
 from compress.lower.parity import parity
 from compress.lower.plain import integer_weights, lower, matching_scales
 
@@ -29,11 +32,13 @@ def export_pt2(model: nn.Module, example: Tensor, path: Path) -> dict[str, Any]:
     for node in program.graph.nodes:
         for trail in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
             node.meta.pop(trail, None)  # where in the source a node came from: most of a small file, and paths of ours
-    torch.export.save(program, path)
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    write(path, content.getvalue())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree code, on every load
         file = torch.export.load(path).module()
-    rows = parity(lower(model, "torch").cpu(), file, example)
+    rows = parity(copy.deepcopy(model).cpu().eval(), file, example)
     return {"file": str(path), "bytes": path.stat().st_size, "parity": rows}
 
 

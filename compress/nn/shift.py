@@ -7,6 +7,7 @@ Chen et al., "All You Need is a Few Shifts", CVPR 2019: rounded with a straight-
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+LARGEST_KERNEL = 255  # displacements fit a byte
 LEARNING_RATE_SCALE = 0.01  # of displacements, as in every prototxt of Jeon & Kim
 
 
@@ -104,7 +106,7 @@ class ShiftConv2d(nn.Module):
     forward pass, `l1` is the weight of their L1 norm in the loss.
 
     Raises:
-        ValueError: more taps than the kernel has positions, or none.
+        ValueError: more taps than the kernel has positions, or none; a kernel wider than 255.
     """
 
     def __init__(
@@ -126,6 +128,10 @@ class ShiftConv2d(nn.Module):
         super().__init__()
         self.kernel_size = _pair(kernel_size)
         positions = math.prod(self.kernel_size)
+        if not all(1 <= size <= LARGEST_KERNEL for size in self.kernel_size):
+            raise ValueError(
+                f"`kernel_size` (={self.kernel_size}) must lie between 1 and {LARGEST_KERNEL} on each side."
+            )
         if not 1 <= taps <= positions:
             raise ValueError(f"`taps` (={taps}) must be between 1 and the kernel's {positions} positions.")
         self.in_channels, self.out_channels, self.taps = in_channels, out_channels, taps
@@ -140,8 +146,10 @@ class ShiftConv2d(nn.Module):
         """Every copy of a channel on a grid point of its own, the centre first, then row by row."""
         (low_y, _), (low_x, _) = map(window, self.kernel_size)
         centre = -low_y * self.kernel_size[1] - low_x
-        order = [centre, *(p for p in range(positions) if p != centre)]
-        return self._grid()[order[: self.taps]].repeat(self.in_channels, 1, 1)
+        others = (p for p in range(positions) if p != centre)
+        places = torch.tensor([centre, *itertools.islice(others, self.taps - 1)])
+        grid = torch.stack((places // self.kernel_size[1] + low_y, places % self.kernel_size[1] + low_x), -1)
+        return grid.float().repeat(self.in_channels, 1, 1)
 
     def _grid(self) -> Tensor:
         axes = [torch.arange(low, high + 1.0) for low, high in map(window, self.kernel_size)]
@@ -214,7 +222,12 @@ class ShiftConv2d(nn.Module):
         self.learn = False
 
     def penalty(self) -> Tensor:
-        """What the layer adds to the training loss: `l1` times the sum of its displacements' lengths."""
+        """What the layer adds to the training loss: `l1` times the L1 norm of its displacements, while they learn.
+
+        The gradient from the images has length 1 for each displacement, so `l1` is the pull's strength beside it.
+        """
+        if not (self.learn and self.l1):
+            return self.displacement.new_zeros(())
         return self.l1 * self.displacement.abs().sum()
 
     def parameter_rules(self) -> dict[str, dict[str, float]]:
