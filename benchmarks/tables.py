@@ -90,10 +90,6 @@ def digits(contents: list[dict[str, Any]]) -> str:
 
 Render = Callable[[list[dict[str, Any]]], str]
 TABLES: dict[str, Render] = {"cifar10": cifar10, "shift_start": shift_start, "digits": digits}
-    "cifar10": cifar10,
-    "shift_start": shift_start,
-    "digits": digits,
-}
 
 
 def stored(name: str) -> list[dict[str, Any]]:
