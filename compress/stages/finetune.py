@@ -10,7 +10,8 @@ When to use it, and when not. After every stage that costs accuracy. With 1,000 
 Knobs. `epochs`; `lr` (peak; linear warm-up over `warmup_epochs`, then a cosine to zero); `optimizer`: sgd (Nesterov) or
 adamw; `weight_decay` (weights only); `label_smoothing`; `distill`: share of the loss that is the divergence from the
 base's answers at `temperature`; `clip`: bound on the gradient's norm, 0 is off; `average`: decay of a moving average of
-the weights, which is then what is kept, 0 is off; `keep`: last or best (on val).
+the weights, which is then what is kept, 0 is off; `keep`: last or best (on val). After `Quantize` batch norm is folded
+away, and nothing holds the weights' scale any more: take `lr: 1e-3` or less, and `clip: 1`.
 
 Measured. Throughput: `benchmarks/throughput.py`.
 
