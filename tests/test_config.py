@@ -200,7 +200,7 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
         ({"seed": "x"}, "`seed` (=x) must be a whole number, 0 or more."),
         ({"device": "tpu"}, "`device` (=tpu) must be one of auto, cpu, cuda."),
         ({"precision": "float16"}, "`precision` (=float16) must be one of float32, bfloat16."),
-        ({"target": "tflite"}, "`target` (=tflite) must be one of onnxruntime, openvino, torch."),
+        ({"target": "tflite"}, "`target` (=tflite) must be one of onnxruntime, openvino, torch, torch.compile, cuda."),
         ({"measure": "some"}, "`measure` (=some) must be one of ends, all, none."),
         ({"export": ["onnx", "tflite"]}, "`export` (=tflite) must be a list out of onnx, pt2."),
         ({"data": {"limits": 5}}, "`data.limits` is not a setting of compress.data.digits; did you mean `limit`?"),
@@ -245,11 +245,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_run_never_writes_into_what_is_there(tmp_path: Path) -> None:
     out = tmp_path / "runs" / "a"
-    assert plan.fresh(out) == out
-    assert plan.fresh(out) == out  # still empty
-    (out / "report.json").write_text("{}")
-    assert plan.fresh(out) == tmp_path / "runs" / "a-2"
-    (tmp_path / "runs" / "a-2" / "x").touch()
+    out.mkdir(parents=True)
+    assert plan.fresh(out) == out  # empty, and so taken
+    assert plan.fresh(out) == tmp_path / "runs" / "a-2"  # the first is a run's, though it has written nothing yet
     (tmp_path / "runs" / "a-3").touch()
     assert plan.fresh(out) == tmp_path / "runs" / "a-4"
 
