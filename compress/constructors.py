@@ -76,6 +76,12 @@ def canonical_build(build: Any) -> Build:
     return path, plain
 
 
+def named(path: str) -> Any:
+    """What a dotted name stands for. Raises ImportError or AttributeError where it stands for nothing."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
 def build_base(build: Build, allow: Sequence[str], device: str) -> nn.Module:
     """The base model, fresh, on `device`. Does not touch the caller's random numbers or default type.
 
@@ -87,14 +93,14 @@ def build_base(build: Build, allow: Sequence[str], device: str) -> nn.Module:
     if factory is None:
         if isinstance(allow, str):
             raise UserError(f"`allow` (={allow!r}) must be a list of module paths, such as [{allow!r}].")
-        module, _, name = path.rpartition(".")
+        module = path.rpartition(".")[0]
         if not any(module == prefix or module.startswith(f"{prefix}.") for prefix in allow):
             raise CheckpointError(
                 f"the base model is built by {path!r}, which is neither in `compress.models` nor in the table of "
                 f"`torch.nn` layers; if you trust that code, load with `allow=[{module!r}]`."
             )
         try:
-            factory = getattr(importlib.import_module(module), name)
+            factory = named(path)
         except (ImportError, AttributeError) as error:
             raise CheckpointError(f"the base model's factory {path!r} cannot be imported: {error}.") from error
     else:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from compress import surgery
-from compress.constructors import Build
+from compress.constructors import Build, named
 from compress.data import Source, make_task
 from compress.errors import ConfigError
 from compress.files import UNFINISHED
@@ -189,8 +188,7 @@ def _task(node: Any, model: Any, device: torch.device, precision: str, seed: int
 @lru_cache(maxsize=1)
 def _opened(target: str, arguments: str) -> Source:
     # The runs of a sweep mostly share their images, and each plan is made twice: once to check, once to run.
-    home, _, name = target.rpartition(".")
-    return cast(Source, getattr(import_module(home), name)(**json.loads(arguments)))
+    return cast(Source, named(target)(**json.loads(arguments)))
 
 
 def _model(

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from compress import __version__, checkpoint, machine, measure, progress, report, store
-from compress.constructors import Build
+from compress.constructors import Build, named
 from compress.errors import ConfigError, UserError
 from compress.files import UNFINISHED
 from compress.lower import export_onnx, export_pt2
@@ -249,9 +248,9 @@ def _base(
     given = model is not None
     if model is None:
         assert place.build is not None
-        model = _factory(place.build)(**place.build[1])
+        model = named(place.build[0])(**place.build[1])
         assert model is not None
-    what = {"build": place.build, "code": store.code_of(_factory(place.build)) if place.build else None}
+    what = {"build": place.build, "code": store.code_of(named(place.build[0])) if place.build else None}
     if weights is not None:
         load_weights(model, Path(weights))
     elif train is not None:
@@ -273,8 +272,3 @@ def _publish(place: _Place, content: dict[str, Any]) -> None:
             content["checkpoint"]["remark"] = remark
     report.write(content, place.folder)
     report.show(content)
-
-
-def _factory(build: Build) -> Any:
-    module, _, name = build[0].rpartition(".")
-    return getattr(import_module(module), name)

@@ -66,7 +66,8 @@ def fit(model: nn.Module, task: Task, work: Work, settings: FineTune) -> tuple[n
     ends in the same bytes.
 
     Raises:
-        TrainingError: the loss is no longer finite. The state after the last good epoch stays in `work.folder`.
+        ConfigError: distillation without a base model.
+        TrainingError: the loss or a weight is no longer finite; the last good state stays in `work.folder`.
     """
     model = _channels_last(model.to(task.device))
     run = _Run(model, task, settings)
@@ -116,12 +117,13 @@ class _Run:
         self.best: dict[str, Tensor] = {}
         self.best_score = -math.inf
         self.wanted: Tensor | None = None  # the teacher's logits on val
-        self.penalties = [m for m in model.modules() if hasattr(m, "penalty") and m.penalty().requires_grad]  # type: ignore[operator]  # ours
-        if settings.distill and task.teacher is None:
-            raise ConfigError(f"`distill` (={settings.distill}) needs a base model to learn from; set it to 0 here.")
+        pulled = [module for module in model.modules() if hasattr(module, "penalty")]
+        self.penalties = [m for m in pulled if m.penalty().requires_grad]  # type: ignore[operator]  # ours
         self.teacher = task.teacher if settings.distill else None
         if self.teacher is not None:
             _channels_last(self.teacher.to(task.device)).eval()
+        elif settings.distill:
+            raise ConfigError(f"`distill` (={settings.distill}) needs a base model to learn from; set it to 0 here.")
 
     def step(self, x: Tensor, y: Tensor, epoch: float) -> tuple[float, int]:
         """One optimizer step; gives back the loss and how many images were classified correctly."""

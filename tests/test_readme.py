@@ -1,0 +1,35 @@
+"""The README's Python runs as it stands there (with fewer epochs)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def run(code: str, folder: Path) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_python_blocks(tmp_path: Path) -> None:
+    load, compress = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    shown = run(re.sub(r"epochs=\d+", "epochs=1", compress), tmp_path)
+    assert "outputs/runs/mine/model.safetensors {'correct':" in shown
+    (tmp_path / "outputs/runs/mine").rename(tmp_path / "outputs/runs/shift_quant-small-digits")
+    assert "'order': 'gray'" in run(load, tmp_path)
+
+
+def test_recipes_and_models_named_in_the_readme_exist() -> None:
+    text = README.read_text(encoding="utf-8")
+    root = README.parent
+    for folder, heading in (("recipes", "## Recipes"), ("conf/model", "## Your own"), ("conf/data", "## Your own")):
+        section = text[text.index(heading) :]
+        for file in (root / folder).glob("*.yaml"):
+            assert f"`{file.stem}`" in section, file
