@@ -71,6 +71,11 @@ def test_the_wheel_works_in_an_empty_folder(dist: Path, tmp_path: Path) -> None:
         "error: `device`",
         "error: `stages` must name at least one stage, such as `int8: {_target_: compress.stages.Quantize}`.",
     ]
+    epochs = [f"{name}.epochs=1" for name in ("model.train", "stages.recover", "stages.polish")]
+    done = ask("recipe=shift_quant", "data.limit=100", *epochs, "measure=none", "export=[onnx]")
+    assert done.returncode == 0, done.stderr
+    written = {file.name for file in (empty / "outputs/runs/shift_quant-small-digits").iterdir()}
+    assert written >= {"model.safetensors", "model.onnx", "report.html", "report.json"}
     where = subprocess.run(
         [sys.executable, "-c", "from compress.config import CONF; print(CONF)"],
         cwd=empty, env=environment, capture_output=True, text=True, check=True,
