@@ -20,11 +20,13 @@ from compress.errors import ConfigError, UserError
 from compress.files import UNFINISHED
 from compress.lower import export_onnx, export_pt2
 from compress.models.weights import load_weights
+from compress.reconstruct import plain_images
 from compress.rows import answers, plain, row
 from compress.stage import Stage, order_problems
 from compress.store import Done
 from compress.task import Progress, Task, Work
 
+PARITY_IMAGES = 98  # 7 x 14, since batches of 7 are compared too
 SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx"}  # of the file that a target runs; others take a .pt2
 
 
@@ -132,7 +134,8 @@ class _Place:
     def write(self, model: nn.Module, path: Path, task: Task) -> dict[str, Any]:
         """Export a model to `path` (.onnx or .pt2); gives back its bytes and how far its answers are from torch's."""
         self.display.start(f"write {path.name}", 1)
-        model, example = copy.deepcopy(model).cpu().eval(), task.example.cpu()
+        model = copy.deepcopy(model).cpu().eval()
+        example = torch.cat(plain_images(task.calibration, PARITY_IMAGES, torch.device("cpu")))
         if path.suffix == ".onnx":
             written = export_onnx(model, example, path, input=task.input, target=self.target)
         else:
