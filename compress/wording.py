@@ -46,7 +46,10 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         lines.append("val seen by the base: accuracy on val says nothing here; decisions used the base's logits.")
     if result.get("checkpoint"):
         lines.append(f"{file_text(result['checkpoint'])}  {result['checkpoint'].get('load') or ''}".rstrip())
-    lines += [f"{file_text(export)}  {parity_text(export.get('parity'))}" for export in result.get("exports") or []]
+    for export in result.get("exports") or []:
+        lines.append(f"{file_text(export)}  {parity_text(export.get('parity'))}")
+        in_float = export.get("float_layers") or {}
+        lines += [f"  in float: {name or '(the model itself)'}: {why}" for name, why in in_float.items()]
     return lines
 
 
