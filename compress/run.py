@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import nn
 
 from compress import __version__, checkpoint, machine, measure, progress, report, store
 from compress.constructors import Build, named
-from compress.errors import ConfigError, UserError
+from compress.errors import ConfigError, TrainingError, UserError
 from compress.files import UNFINISHED
 from compress.lower import export_onnx, export_pt2
 from compress.models.weights import load_weights
@@ -83,6 +84,7 @@ def run(
         raise ConfigError("exactly one of `build` and `model` must be given.")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    print(f"writes into {folder}", file=sys.stderr)
     display = progress.make()
     place = _Place(build, folder, None if cache is None else Path(cache), target, display)
     try:
@@ -120,8 +122,9 @@ class _Place:
                 work = Work(entry.work, key, self.display, self.target)
                 try:
                     edit = stage(model.to(task.device), task, work)
-                except UserError as error:
-                    raise type(error)(f"`stages.{name}`: {error}") from error
+                except (UserError, TrainingError) as error:
+                    where = "model.train" if name == "base" else f"stages.{name}"
+                    raise type(error)(f"`{where}`: {error}") from error
                 found = entry.keep(Done(edit, key, time.perf_counter() - started, False), task.input)
             return found.on(task.device)
 

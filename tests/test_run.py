@@ -172,7 +172,11 @@ def test_every_legal_pair_runs_saves_and_reloads(first: str, second: str, tmp_pa
     assert [export["file"] for export in result.report["exports"]] == ["model.onnx", "model.pt2"]
     for export in result.report["exports"]:
         assert {row["batch"] for row in export["parity"]} == {1, 2, 7}
-        assert all(row["top1_agreement"] == 1.0 for row in export["parity"])
+        if "Quantize" in (first, second):
+            # The images are noise, so classes are nearly tied, and one step of a grid can turn one over.
+            assert all(row["top1_agreement"] >= 0.9 for row in export["parity"])
+        else:
+            assert all(row["max_abs"] < 1e-4 and row["top1_agreement"] == 1.0 for row in export["parity"])
 
 
 def test_cards_have_every_heading() -> None:
