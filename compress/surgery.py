@@ -93,6 +93,15 @@ def is_ours(module: nn.Module) -> bool:
     return hasattr(kind(module), "lower") and hasattr(kind(module), "config")
 
 
+def output_layers(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The `Conv2d` or `Linear` modules whose outputs, side by side, are this layer's output; () for any other layer."""
+    if kind(layer) in (nn.Conv2d, nn.Linear):
+        return (layer,)
+    if is_ours(layer) and hasattr(layer, "output_convolutions"):
+        return tuple(layer.output_convolutions())  # type: ignore[operator]  # a method, by the layers' contract
+    return ()
+
+
 def layers(model: nn.Module, kinds: Sequence[type[nn.Module]]) -> dict[str, nn.Module]:
     """The layers of exactly these kinds by name, each module object once."""
     return {name: module for name, module in leaves(model) if kind(module) in kinds}

@@ -52,12 +52,16 @@ SHAPE = (8, 9, 11)
 
 
 class Noise:
-    """Batches of random images, the same ones in every epoch."""
+    """Batches of random images, the same ones in every epoch.
 
-    def __init__(self, images: int = 32, shape: tuple[int, ...] = SHAPE, classes: int = 3) -> None:
+    `apart` brightens a channel of its own for every class but the last: training can tell them apart then.
+    """
+
+    def __init__(self, images: int = 32, shape: tuple[int, ...] = SHAPE, classes: int = 3, apart: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(images, *shape, generator=generator)
         self.y = torch.randint(0, classes, (images,), generator=generator)
+        self.x += apart * torch.eye(classes, shape[0])[self.y].view(images, shape[0], 1, 1)
 
     @property
     def images(self) -> int:
@@ -74,9 +78,9 @@ class Noise:
         return iter(zip(self.x[order].split(16), self.y[order].split(16), strict=True))
 
 
-def noise_task(shape: tuple[int, ...] = SHAPE, classes: int = 3, images: int = 32) -> Task:
+def noise_task(shape: tuple[int, ...] = SHAPE, classes: int = 3, images: int = 32, apart: float = 0.0) -> Task:
     """A task on random images: enough for what does not depend on their meaning."""
-    batches = Noise(images, shape, classes)
+    batches = Noise(images, shape, classes, apart)
     described = {"order": "rgb", "scale": 1.0, "mean": [0.0] * shape[0], "std": [1.0] * shape[0], "size": shape[1:]}
     described |= {"size": list(shape[1:]), "resize": None, "crop": None}
     return Task(
@@ -87,6 +91,6 @@ def noise_task(shape: tuple[int, ...] = SHAPE, classes: int = 3, images: int = 3
         example=batches.x[:2],
         classes=classes,
         input=described,
-        fingerprint="noise",
+        fingerprint=f"noise {apart}",
         precision="float32",
     )

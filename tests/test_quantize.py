@@ -21,6 +21,7 @@ from compress.models.weights import load_weights
 from compress.nn.places import place_quantizers, quantizer_places, trace
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
 from compress.nn.shift import ShiftConv2d
+from compress.stages.finetune import FineTune
 from compress.stages.quantize import Quantize
 from compress.task import Work
 
@@ -291,6 +292,23 @@ def test_training_goes_on_after_quantizing_and_is_repeatable(tmp_path: Path) -> 
         return model.eval()(x)
 
     assert torch.equal(run(), run())
+
+
+def test_biases_are_whole_units_of_integer_kernels_after_training_too(tmp_path: Path) -> None:
+    def farthest(model: nn.Module) -> float:
+        """The largest distance of a bias of conv1 from a whole number of units."""
+        convolution, grid = model.get_submodule("conv1"), model.get_submodule("quantizers.x_input_0")
+        unit = grid.scale * convolution.parametrizations.weight[0].finest_scale
+        units = convolution.bias.detach().double() / unit.double()
+        return float((units - units.round()).abs().max())
+
+    model = quantize(warm(small(channels=3)), tmp_path).model
+    assert farthest(model) < 1e-3
+    with torch.no_grad():
+        model.get_submodule("conv1").bias.add_(0.01234)
+    assert farthest(model) > 0.1
+    trained = FineTune(epochs=1, lr=1e-3)(model, task(), Work(tmp_path)).model
+    assert farthest(trained) < 1e-3
 
 
 def test_cifar10_resnet20_loses_next_to_nothing(tmp_path: Path, data_root: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from compress.nn.places import trace
-from compress.surgery import is_ours, kind, replace
+from compress.surgery import kind, output_layers, replace
 
 
 def fold_batch_norm(model: nn.Module) -> list[tuple[str, str]]:
@@ -50,12 +50,7 @@ def _pair(node: fx.Node, model: nn.Module, calls: Counter[int]) -> tuple[str, st
 
 
 def _convolutions(layer: nn.Module) -> tuple[nn.Conv2d, ...]:
-    if kind(layer) is nn.Conv2d:
-        assert isinstance(layer, nn.Conv2d)
-        return (layer,)
-    if is_ours(layer) and hasattr(layer, "output_convolutions"):
-        return tuple(layer.output_convolutions())  # type: ignore[operator]  # a method, by the layers' contract
-    return ()
+    return tuple(output for output in output_layers(layer) if isinstance(output, nn.Conv2d))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from compress.lower.fold import fold_batch_norm
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
-from compress.surgery import is_ours, kind, leaves, replace
+from compress.surgery import is_ours, kind, leaves, output_layers, replace
 
 
 class Grid(nn.Module):
@@ -75,13 +75,7 @@ def weight_scales(model: nn.Module) -> dict[str, Tensor]:
     """
     scales = {}
     for name, layer in leaves(model):
-        if is_ours(layer):
-            inner = layer.output_convolutions() if hasattr(layer, "output_convolutions") else ()  # type: ignore[operator]  # a method, by the layers' contract
-        elif kind(layer) in (nn.Conv2d, nn.Linear):
-            inner = (layer,)
-        else:
-            continue
-        parts = [_scale(convolution) for convolution in inner]
+        parts = [_scale(output) for output in output_layers(layer)]
         known = [part for part in parts if part is not None]
         if known and len(known) == len(parts):
             scales[name] = torch.cat(known).detach().cpu()

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
-from compress.surgery import kind
+from compress.nn.places import Placed
+from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
+from compress.surgery import kind, output_layers
 
 # What moves numbers about without changing them: its output is on the same grid as its input.
 _MOVES = {
@@ -51,6 +55,37 @@ def quantizable(graph: fx.Graph, model: nn.Module, chosen: Collection[nn.Module]
     float tensors (shapes and sizes are not).
     """
     return _Search(graph, model, chosen, floating).run()
+
+
+@torch.no_grad()
+def round_biases(model: nn.Module) -> None:
+    """Biases to whole units of input scale x weight scale, as integer kernels have them, so that every file agrees.
+
+    In place, on a model with quantizers. A layer with float weights, or whose input is float or on more than one grid,
+    keeps its bias.
+    """
+    if not isinstance(model, Placed):
+        return
+    search = _Search(model.graph, model, (), ())
+    steps: dict[str, set[float | None]] = {}
+    for node in model.graph.nodes:
+        if node.op == "call_module" and node.all_input_nodes:
+            steps.setdefault(str(node.target), set()).add(search.step(node.all_input_nodes[0]))
+    for name, found in steps.items():
+        step = found.pop()
+        if step is not None and not found:
+            for layer in output_layers(model.get_submodule(name)):
+                _round_bias(layer, step)
+
+
+def _round_bias(layer: nn.Module, input_scale: float) -> None:
+    bias = getattr(layer, "bias", None)
+    if bias is None or not parametrize.is_parametrized(layer, "weight"):
+        return
+    grid = layer.parametrizations.weight[-1]  # type: ignore[index,union-attr]  # a list, where there are any
+    if isinstance(grid, FakeQuantizeWeight):
+        unit = input_scale * grid.finest_scale
+        bias.copy_((bias.double() / unit.double()).round().float() * unit)
 
 
 class _Search:
@@ -106,6 +141,12 @@ class _Search:
         while self._moves(node):
             node = node.all_input_nodes[0]
         return node
+
+    def step(self, node: fx.Node) -> float | None:
+        """The step of the grid that these numbers were put on; None if it was none."""
+        source = self._source(node)
+        grid = self.model.get_submodule(str(source.target)) if source.op == "call_module" else None
+        return float(grid.scale) if isinstance(grid, FakeQuantize) else None
 
     def _makes(self, node: fx.Node) -> bool:
         """Whether an integer kernel computes this, so that its output has to be quantized for it to be one."""

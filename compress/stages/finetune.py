@@ -27,6 +27,7 @@ from typing import ClassVar
 from torch import nn
 
 from compress.errors import ConfigError
+from compress.lower.tensors import round_biases
 from compress.stage import Edit
 from compress.task import Task, Work
 from compress.train import fit
@@ -79,4 +80,5 @@ class FineTune:
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         model, history = fit(model, task, work, self)
+        round_biases(model)
         return Edit(model, notes={"history": list(history)})

@@ -32,7 +32,7 @@ from torch.nn.utils import parametrize
 
 from compress.errors import ConfigError, DataError
 from compress.lower.fold import fold_batch_norm
-from compress.lower.tensors import Tensors, quantizable
+from compress.lower.tensors import Tensors, quantizable, round_biases
 from compress.nn.places import place_quantizers, quantizer_places, trace
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
 from compress.stage import Edit, Site
@@ -95,9 +95,7 @@ class Quantize:
         for name in taken:
             for layer in _weighted(found[name]):
                 _quantize_weight(layer, self.weight_bits)
-            steps = {ranges[place][0] if place else None for place in tensors.inputs.get(name, [None])}
-            if len(steps) == 1 and (step := steps.pop()) is not None:
-                _round_biases(found[name], step)
+        round_biases(model)
         notes: dict[str, Any] = {
             "weight_bits": self.weight_bits,
             "activation_bits": self.activation_bits if graph is not None else None,
@@ -233,19 +231,6 @@ def _quantize_weight(layer: nn.Module, bits: int) -> None:
     grid = FakeQuantizeWeight(bits, len(weight)).to(weight.device)
     grid.follow(weight)
     parametrize.register_parametrization(layer, "weight", grid.eval())
-
-
-@torch.no_grad()
-def _round_biases(layer: nn.Module, input_scale: float) -> None:
-    """Biases as whole units of input scale x weight scale, as integer kernels have them: the file then agrees."""
-    outputs: tuple[Any, ...] = (layer,)
-    if is_ours(layer):
-        outputs = layer.output_convolutions()  # type: ignore[operator]  # a method, by the layers' contract
-    for module in outputs:
-        if module.bias is None:
-            continue
-        unit = input_scale * module.parametrizations.weight[-1].finest_scale
-        module.bias.copy_((module.bias.double() / unit.double()).round().float() * unit)
 
 
 def _first(batches: Any, images: int) -> Iterator[Tensor]:
