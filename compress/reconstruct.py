@@ -182,6 +182,34 @@ def eliminate(normal: Normal, group: int, positions: int, taps: int, ridge: floa
     return kept, weights[rows]
 
 
+def solve(normal: Normal, ridge: float) -> Tensor:
+    """The least-squares weights (G, F, O / G), with `ridge` times the mean diagonal added to the diagonal."""
+    eye = torch.eye(normal.gram.shape[-1], dtype=normal.gram.dtype)
+    mean = normal.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    weights: Tensor = torch.linalg.solve(normal.gram + ridge * mean.clamp(min=1e-30) * eye, normal.cross)
+    return weights
+
+
+@torch.no_grad()
+def fit_convolution(layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], images: int, ridge: float) -> float:
+    """Set the weights and bias of `layer` by least squares to (input, wanted output) pairs over `images` images.
+
+    Gives back the squared error as a share of the wanted outputs' sum of squares.
+    """
+    normal = normal_equations(layer, pairs, images, bias=layer.bias is not None)
+    weights = solve(normal, ridge)
+    everything = torch.arange(weights.shape[1])
+    left = sum(
+        relative_error(normal, group, everything, weights[group]) * float(normal.power[group])
+        for group in range(layer.groups)
+    )
+    if layer.bias is not None:
+        layer.bias.copy_(weights[:, -1].flatten())
+        weights = weights[:, :-1]
+    layer.weight.copy_(weights.mT.reshape(layer.weight.shape))
+    return left / max(float(normal.power.sum()), 1e-30)
+
+
 def relative_error(normal: Normal, group: int, keep: Tensor, weights: Tensor) -> float:
     """Sum of squared errors of the fit, as a share of the targets' sum of squares."""
     gram, cross = normal.gram[group][keep][:, keep], normal.cross[group][keep]

@@ -34,7 +34,19 @@ from compress.task import Task
 
 PACKAGE = Path(__file__).parent
 # What can change a stage's outcome; reports and command line cannot.
-SOURCES = ("nn", "stages", "models", "data", "lower", "reconstruct.py", "stage.py", "surgery.py", "task.py", "train.py")
+SOURCES = (
+    "nn",
+    "stages",
+    "models",
+    "data",
+    "lower",
+    "reconstruct.py",
+    "stage.py",
+    "substitute.py",
+    "surgery.py",
+    "task.py",
+    "train.py",
+)
 
 
 @cache

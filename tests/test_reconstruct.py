@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from awkward import noise_task
 from torch import nn
 
-from compress.reconstruct import Normal, eliminate, execution_order, normal_equations, relative_error, seen_by
+from compress.reconstruct import (
+    Normal,
+    eliminate,
+    execution_order,
+    fit_convolution,
+    normal_equations,
+    relative_error,
+    seen_by,
+)
 from compress.stages import Shift
 from compress.task import Work
 
@@ -25,6 +33,15 @@ def data(layer: nn.Conv2d, images: int = 64) -> tuple[torch.Tensor, torch.Tensor
     torch.manual_seed(0)
     x = torch.randn(images, layer.in_channels, 6, 6) @ torch.randn(6, 6)
     return x, layer(x).detach()
+
+
+def test_a_convolution_is_found_again_from_what_it_does() -> None:
+    layer = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1, groups=2)
+    x, y = data(layer)
+    fitted = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1, groups=2)
+    assert fit_convolution(fitted, [(x, y)], len(x), ridge=0.0) < 1e-6
+    torch.testing.assert_close(fitted.weight, layer.weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(fitted.bias, layer.bias, rtol=1e-3, atol=1e-4)
 
 
 def test_all_features_kept_gives_back_the_layer() -> None:

@@ -22,27 +22,19 @@ Reference. Wu et al., CVPR 2018; Jeon & Kim, NeurIPS 2018; Chen et al., CVPR 201
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import ConfigError
 from compress.nn.shift import ShiftConv2d, window
-from compress.reconstruct import (
-    Normal,
-    Pairs,
-    eliminate,
-    execution_order,
-    normal_equations,
-    plain_images,
-    relative_error,
-)
+from compress.reconstruct import Normal, eliminate, relative_error
 from compress.stage import Edit, Keep
-from compress.surgery import layers, matching, swap
+from compress.substitute import Old, substitute
+from compress.surgery import layers, matching
 from compress.task import Task, Work
 
 
@@ -90,37 +82,17 @@ class Shift:
             )
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
-        original = copy.deepcopy(model).eval()
         self.check(model)
-        found = layers(model, self.kinds)
-        was_training = model.training
-        model.eval()
-        old = layers(original, self.kinds)
-        calls = execution_order(model, found, task.example.to(task.device))
-        pairs = Pairs(model, original, plain_images(task.calibration, self.images, task.device))
-        errors: dict[str, float] = {}
-        work.progress.start("shift", len(calls))
+        return substitute(model, task, work, self, self._start, {"taps": self.taps})
 
-        def rule(name: str, layer: nn.Module) -> nn.Module:
-            assert isinstance(layer, nn.Conv2d)
-            work.progress.step(name)
-            if math.prod(layer.kernel_size) == 1:
-                raise Keep("a 1x1 kernel has one position only, so there is nothing to shift")
-            new = empty_shift(layer, self.taps, learn=self.learn, quantize=self.quantize, l1=self.l1)
-            if self.taps == math.prod(layer.kernel_size):
-                copy_kernel(layer, new)
-                errors[name] = 0.0
-            else:
-                images = sum(len(batch) for batch in pairs.images) * calls[name]
-                seen = pairs.of(layer, old[name], calls[name])
-                normal = normal_equations(layer, seen, images, bias=layer.bias is not None)
-                errors[name] = fit_shift(new, normal, self.ridge)
-            return new
-
-        model, sites = swap(model, rule, self.kinds, self.include, self.exclude, order=list(calls))
-        work.progress.end()
-        notes: dict[str, Any] = {"taps": self.taps, "relative_error": {n: round(e, 4) for n, e in errors.items()}}
-        return Edit(model.train(was_training), sites, notes)
+    def _start(self, old: Old) -> tuple[nn.Module, float]:
+        if math.prod(old.layer.kernel_size) == 1:
+            raise Keep("a 1x1 kernel has one position only, so there is nothing to shift")
+        new = empty_shift(old.layer, self.taps, learn=self.learn, quantize=self.quantize, l1=self.l1)
+        if self.taps == math.prod(old.layer.kernel_size):
+            copy_kernel(old.layer, new)
+            return new, 0.0
+        return new, fit_shift(new, old.normal(), self.ridge)
 
 
 def empty_shift(layer: nn.Conv2d, taps: int, *, learn: bool, quantize: bool, l1: float) -> ShiftConv2d:

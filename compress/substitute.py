@@ -1,0 +1,95 @@
+"""What every stage shares that replaces convolutions by a cheaper operator: the walk, and what each layer is fitted to.
+
+A stage supplies the start: given a convolution, what it sees in the network as substituted so far and what the original
+gave there, return the new layer and how far its output is off, or raise `Keep`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from compress.reconstruct import Normal, Pairs, execution_order, normal_equations, plain_images
+from compress.stage import Edit
+from compress.surgery import layers, swap
+from compress.task import Task, Work
+
+
+class Settings(Protocol):
+    """The settings that these stages have in common."""
+
+    @property
+    def images(self) -> int: ...
+
+    @property
+    def include(self) -> list[str]: ...
+
+    @property
+    def exclude(self) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Old:
+    """A convolution about to be replaced."""
+
+    name: str
+    layer: nn.Conv2d
+    original: nn.Conv2d
+    calls: int
+    pairs: Pairs
+
+    @property
+    def images(self) -> int:
+        """Over how many images `seen` goes, each call of the layer counted."""
+        return self.calls * sum(len(batch) for batch in self.pairs.images)
+
+    def seen(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch: what the layer sees in the network as substituted so far, what the original gave there."""
+        return self.pairs.of(self.layer, self.original, self.calls)
+
+    def normal(self) -> Normal:
+        """The normal equations of a convolution of this geometry, with a bias if the layer has one."""
+        return normal_equations(self.layer, self.seen(), self.images, bias=self.layer.bias is not None)
+
+
+def substitute(
+    model: nn.Module,
+    task: Task,
+    work: Work,
+    settings: Settings,
+    start: Callable[[Old], tuple[nn.Module, float]],
+    notes: Mapping[str, Any],
+) -> Edit:
+    """Replace every `Conv2d` that the patterns choose by what `start` makes of it, in the order of the forward pass.
+
+    `start` gives back the new layer and the squared error of its output as a share of the original output's sum of
+    squares; the errors join `notes`.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or no layer was changed at all.
+    """
+    kinds = (nn.Conv2d,)
+    original = copy.deepcopy(model).eval()
+    was_training = model.training
+    model.eval()
+    found, old = layers(model, kinds), layers(original, kinds)
+    calls = execution_order(model, found, task.example.to(task.device))
+    pairs = Pairs(model, original, plain_images(task.calibration, settings.images, task.device))
+    errors: dict[str, float] = {}
+    work.progress.start(type(settings).__name__.lower(), len(calls))
+
+    def rule(name: str, layer: nn.Module) -> nn.Module:
+        then = old[name]
+        assert isinstance(layer, nn.Conv2d) and isinstance(then, nn.Conv2d)
+        work.progress.step(name)
+        new, error = start(Old(name, layer, then, calls[name], pairs))
+        errors[name] = round(error, 4)
+        return new.to(device=layer.weight.device, dtype=layer.weight.dtype)
+
+    model, sites = swap(model, rule, kinds, settings.include, settings.exclude, order=list(calls))
+    work.progress.end()
+    return Edit(model.train(was_training), sites, {**notes, "relative_error": errors})
