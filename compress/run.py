@@ -136,7 +136,7 @@ class _Place:
 
     def write(self, model: nn.Module, path: Path, task: Task) -> dict[str, Any]:
         """Export a model to `path` (.onnx or .pt2); gives back its bytes and how far its answers are from torch's."""
-        self.display.start(f"write {path.name}", 1)
+        self.display.start(f"write {path.name}", 0)
         model = copy.deepcopy(model).cpu().eval()
         example = torch.cat(plain_images(task.calibration, PARITY_IMAGES, torch.device("cpu")))
         if path.suffix == ".onnx":
@@ -159,7 +159,7 @@ class _Place:
                 else:
                     paths[name] = Path(temporary) / (name + suffix)
                     self.write(model, paths[name], task)
-            self.display.start("latency", 1)
+            self.display.start("latency", 0)
             measured = measure.latency(paths, task.example, target=self.target)
             self.display.end()
         return {name: asdict(latency) for name, latency in measured.items()}
@@ -190,7 +190,8 @@ def _carry_out(
 
     for name, stage in stages.items():
         what = store.described(stage)
-        key = store.key(done.key, [what, store.code_of(type(stage))], task)
+        timing = place.target if getattr(stage, "gate", "none") == "latency" else None  # then the target decides too
+        key = store.key(done.key, [what, store.code_of(type(stage)), timing], task)
         done = place.outcome(name, stage, done.edit.model, task, key)
         hits.append({"stage": name, "key": done.key, "hit": done.hit})
         rows.append(row(name, what, done, answers(done.edit.model, task, place.display, name), first, task))

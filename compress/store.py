@@ -40,6 +40,7 @@ SOURCES = (
     "models",
     "data",
     "lower",
+    "gate.py",
     "reconstruct.py",
     "stage.py",
     "substitute.py",

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from compress.reconstruct import Normal, Pairs, execution_order, normal_equations, plain_images
+from compress.gate import Gate
+from compress.reconstruct import Normal, Pairs, execution_order, normal_equations, plain_images, seen_by
 from compress.stage import Edit
 from compress.surgery import layers, swap
 from compress.task import Task, Work
@@ -24,6 +25,9 @@ class Settings(Protocol):
 
     @property
     def images(self) -> int: ...
+
+    @property
+    def gate(self) -> str: ...
 
     @property
     def include(self) -> list[str]: ...
@@ -69,6 +73,8 @@ def substitute(
     `start` gives back the new layer and the squared error of its output as a share of the original output's sum of
     squares; the errors join `notes`.
 
+    A layer that does not pay by `settings.gate` is kept, with the figures as its reason.
+
     Raises:
         ConfigError: a pattern that matches nothing, or no layer was changed at all.
     """
@@ -80,6 +86,7 @@ def substitute(
     calls = execution_order(model, found, task.example.to(task.device))
     pairs = Pairs(model, original, plain_images(task.calibration, settings.images, task.device))
     errors: dict[str, float] = {}
+    gate = Gate(settings.gate, work)
     work.progress.start(type(settings).__name__.lower(), len(calls))
 
     def rule(name: str, layer: nn.Module) -> nn.Module:
@@ -87,8 +94,12 @@ def substitute(
         assert isinstance(layer, nn.Conv2d) and isinstance(then, nn.Conv2d)
         work.progress.step(name)
         new, error = start(Old(name, layer, then, calls[name], pairs))
+        new = new.to(device=layer.weight.device, dtype=layer.weight.dtype).eval()
+        if settings.gate != "none":
+            x, _ = seen_by(model, layer, 1, pairs.images[0][:1])[0]
+            gate.require(layer, new, x)
         errors[name] = round(error, 4)
-        return new.to(device=layer.weight.device, dtype=layer.weight.dtype)
+        return new
 
     model, sites = swap(model, rule, kinds, settings.include, settings.exclude, order=list(calls))
     work.progress.end()

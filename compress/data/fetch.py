@@ -42,9 +42,10 @@ def fetch(url: str, md5: str, path: Path) -> None:
                 Path(name).unlink(missing_ok=True)
     except (OSError, HTTPException) as error:  # urllib's own errors are OSErrors
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        folder = "" if path.parent.is_dir() else ", nor is its folder,"
         raise DataError(
-            f"{path} is not there and could not be fetched from {url} ({reason}). Set `data.root` to a folder that "
-            f"holds the files, or fetch {url} where there is a network and put it at {path}."
+            f"{path} is not there{folder} and could not be fetched from {url} ({reason}). Set `data.root` to a folder "
+            f"that holds the files, or fetch {url} where there is a network and put it at {path}."
         ) from error
 
 

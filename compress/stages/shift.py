@@ -11,7 +11,8 @@ networks need 3 or 4 taps of 9, and fine-tuning afterwards.
 
 Knobs. `taps`: copies kept of each input channel. `learn`: train the displacements by bilinear interpolation.
 `quantize`: round them in every forward pass (straight-through gradient), so that the layer stays whole-pixel. `l1`:
-pull them towards zero. `images`: how many calibration images the start is solved on.
+pull them towards zero. `images`: how many calibration images the start is solved on. `gate`: none, macs, bytes or
+latency: layers that do not get cheaper by it (in time: at least 10 % in the target runtime) are kept.
 
 Measured. See the tables in the README (`benchmarks/shift_start.py`, and `benchmarks/cifar10.py` for the recipe). In a
 short fine-tuning learned displacements hardly ever leave their grid point, since their learning rate is a hundredth of
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ConfigError
+from compress.gate import check_gate
 from compress.nn.shift import ShiftConv2d, window
 from compress.reconstruct import Normal, eliminate, relative_error
 from compress.stage import Edit, Keep
@@ -48,6 +50,7 @@ class Shift:
     l1: float = 0.0
     images: int = 1024
     ridge: float = 1e-4
+    gate: str = "none"
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
 
@@ -55,6 +58,7 @@ class Shift:
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
     def __post_init__(self) -> None:
+        check_gate(self.gate)
         for name, least in (("taps", 1), ("images", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least {least}.")

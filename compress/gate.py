@@ -1,0 +1,103 @@
+"""The gate: keep a change only where it pays, in multiply-adds, in bytes of weights, or in time really measured."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ConfigError
+from compress.files import write
+from compress.stage import Keep
+from compress.surgery import describe
+from compress.task import Work
+
+GATES = ("none", "macs", "bytes", "latency")
+FASTER = 0.9  # of the time before, in every round
+ROUNDS = 3
+
+
+def check_gate(gate: str) -> None:
+    """Raise `ConfigError` for a gate that there is not."""
+    if gate not in GATES:
+        raise ConfigError(f"`gate` (={gate!r}) must be one of {', '.join(GATES)}.")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Judges one layer at a time. What was measured is stored in the stage's folder, and replayed from there."""
+
+    by: str
+    work: Work
+
+    def require(self, old: nn.Module, new: nn.Module, x: Tensor) -> None:
+        """Raise `Keep` unless `new` costs less than `old` on inputs like `x` (N, C, H, W).
+
+        In time, less means at least 10 % less in each of three rounds, in the target runtime, for one image.
+        """
+        if self.by == "macs":
+            self._require_fewer("MACs", _macs(old, x), _macs(new, x))
+        if self.by == "bytes":
+            self._require_fewer("bytes of weights", _bytes(old), _bytes(new))
+        if self.by == "latency":
+            measured = self._measured(old, new, x)
+            before, after = measured["before_ms"], measured["after_ms"]
+            if measured["slowest_ratio"] > FASTER:
+                verdict = "slower" if after >= before else "not 10 % faster in each round"
+                raise Keep(f"{verdict} on {self.work.target}: {before:.3g} ms -> {after:.3g} ms")
+
+    def _require_fewer(self, unit: str, before: int, after: int) -> None:
+        if after >= before:
+            raise Keep(f"no fewer {unit}: {before:,} -> {after:,}")
+
+    def _measured(self, old: nn.Module, new: nn.Module, x: Tensor) -> dict[str, float]:
+        file = self.work.folder / "gate.json"
+        known: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        question = f"{self.work.target}: {describe(old)} -> {describe(new)} at {list(x.shape[1:])}"
+        if question not in known:
+            known[question] = _timed(old, new, x, self.work.target)
+            write(file, json.dumps(known, indent=1).encode())
+        return known[question]
+
+
+def _macs(layer: nn.Module, x: Tensor) -> int:
+    from compress.measure import profile
+
+    return profile(layer, x).macs
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in layer.parameters())
+
+
+def _timed(old: nn.Module, new: nn.Module, x: Tensor, target: str) -> dict[str, float]:
+    from compress.measure import latency
+
+    example = torch.randn(2, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+        layers = {"before": old, "after": new}
+        paths = {name: _written(layer, example, Path(folder) / name, target) for name, layer in layers.items()}
+        found: dict[str, Any] = latency(paths, example, target=target, rounds=ROUNDS)
+    return {
+        "before_ms": found["before"].p50_ms,
+        "after_ms": found["after"].p50_ms,
+        "slowest_ratio": found["after"].ratio_high,
+    }
+
+
+def _written(layer: nn.Module, example: Tensor, path: Path, target: str) -> Path:
+    from compress.lower.onnx_file import export_onnx
+    from compress.lower.pt2 import export_pt2
+
+    if target in ("onnxruntime", "openvino"):
+        path = path.with_suffix(".onnx")
+        export_onnx(layer, example, path, input={}, target=target)
+    else:
+        path = path.with_suffix(".pt2")
+        export_pt2(layer, example, path)
+    return path
