@@ -23,7 +23,8 @@ def test_python_blocks(tmp_path: Path) -> None:
     shown = run(re.sub(r"epochs=\d+", "epochs=1", compress), tmp_path)
     assert "outputs/runs/mine/model.safetensors {'correct':" in shown
     (tmp_path / "outputs/runs/mine").rename(tmp_path / "outputs/runs/shift_quant-small-digits")
-    assert "'order': 'gray'" in run(load, tmp_path)
+    shown = run(load, tmp_path)
+    assert "'order': 'gray'" in shown and "tensor([" in shown
 
 
 def test_recipes_and_models_named_in_the_readme_exist() -> None:

@@ -9,6 +9,7 @@ from compress.data.cifar import cifar10
 from compress.data.digits import digits
 from compress.data.folder import folder
 from compress.data.idx import fashion_mnist, mnist
+from compress.data.input import normalise
 from compress.data.source import Arrays, Augment, Images, Source
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "folder",
     "make_task",
     "mnist",
+    "normalise",
 ]

@@ -84,12 +84,12 @@ def _is_list(value: object) -> bool:
 
 
 def normalise(pixels: Tensor, input: Mapping[str, Any]) -> Tensor:
-    """(N, C, H, W) uint8 in RGB or grey -> (N, channels, H, W) float32 as the network wants it.
+    """(N, C, H, W) pixels in RGB or grey -> (N, channels, H, W) float32 as the network wants it.
 
     A grey image becomes three equal channels for `rgb` and `bgr`; a colour image becomes its channels' mean for
     `gray`. `mean` and `std` are in the order of the channels after that.
     """
-    x = pixels.float()
+    x = pixels.to(torch.float32, copy=True)  # the rest works in place
     channels = CHANNELS[input["order"]]
     if channels == 1 and x.shape[1] != 1:
         x = x.mean(dim=1, keepdim=True)
