@@ -35,7 +35,8 @@ def compress(folder: Path, *overrides: str) -> tuple[dict[str, Any], float]:
     """Run `python -m compress` in `folder`; gives back the report and the wall seconds of the whole command."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "compress", f"out={folder / 'out'}", *overrides]
-    subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(Path(__file__).parent))))
+    subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr, env=os.environ | {"PYTHONPATH": path})
     seconds = time.perf_counter() - started
     newest = max(folder.glob("out*/report.json"), key=lambda file: file.stat().st_mtime)
     return json.loads(newest.read_text(encoding="utf-8")), seconds

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from common import RESULTS, ROOT
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = list[Row]
+Column = Callable[[Row], str]
 
 
 def kilobytes(size: int) -> str:
     return f"{size / 1000:,.0f} kB" if size < 1e6 else f"{size / 1e6:,.2f} MB"
 
 
-def machine(content: dict[str, Any]) -> str:
+def machine(content: Row) -> str:
     hardware, versions = content["hardware"], content["versions"]
     return (
         f"{hardware['processor']}, {hardware['cores']} cores; torch {versions['torch']}, "
@@ -25,74 +27,98 @@ def machine(content: dict[str, Any]) -> str:
     )
 
 
-def table(header: list[str], lines: list[list[str]], caption: str) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + f"\n\n{caption}"
+def table(columns: Mapping[str, Column], rows: Rows, caption: str) -> str:
+    lines = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{caption}"
 
 
-def cifar10(contents: list[dict[str, Any]]) -> str:
-    lines = []
-    for content in contents:
-        row = content["rows"][0]
-        latency = row["latency"]
-        lines.append(
-            [
-                f"`{row['recipe']}`",
-                row["model"],
-                f"{row['base_top1']:.2f}",
-                f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
-                f"{kilobytes(row['base_bytes'])} to {kilobytes(row['bytes'])}",
-                f"{row['base_macs'] / 1e6:.1f} to {row['macs'] / 1e6:.1f} M",
-                f"{latency['ratio']:.2f} ({latency['ratio_low']:.2f}-{latency['ratio_high']:.2f})",
-                f"{row['wall_seconds'] / 60:.0f} min",
-            ]
-        )
-    header = ["recipe", "model", "base top-1 %", "top-1 % (95 %)", "file", "MACs", "time against base", "run takes"]
+def files(row: Row) -> str:
+    return f"{kilobytes(row['base_bytes'])} to {kilobytes(row['bytes'])}"
+
+
+def ratio(latency: Row) -> str:
+    return f"{latency['ratio']:.2f} ({latency['ratio_low']:.2f}-{latency['ratio_high']:.2f})"
+
+
+def cifar10(contents: list[Row]) -> str:
+    columns: dict[str, Column] = {
+        "recipe": lambda row: f"`{row['recipe']}`",
+        "model": lambda row: row["model"],
+        "base top-1 %": lambda row: f"{row['base_top1']:.2f}",
+        "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
+        "file": files,
+        "MACs": lambda row: f"{row['base_macs'] / 1e6:.1f} to {row['macs'] / 1e6:.1f} M",
+        "time against base": lambda row: ratio(row["latency"]),
+        "run takes": lambda row: f"{row['wall_seconds'] / 60:.0f} min",
+    }
     caption = (
         "CIFAR-10, 10,000 test images, seed 0; time: onnxruntime, batch 1, ratio to the float32 base (5 rounds). "
         f"{machine(contents[0])}. `python benchmarks/cifar10.py RECIPE MODEL`"
     )
-    return table(header, lines, caption)
+    return table(columns, [content["rows"][0] for content in contents], caption)
 
 
-def shift_start(contents: list[dict[str, Any]]) -> str:
+def shift_start(contents: list[Row]) -> str:
     (content,) = contents
-    lines = [
-        [
-            str(row["taps"]),
-            f"{row['top1']:.2f}",
-            f"{row['params']:,}",
-            f"{row['macs'] / 1e6:.1f} M",
-            f"{row['seconds']} s",
-        ]
-        for row in content["rows"]
-    ]
+    columns: dict[str, Column] = {
+        "taps of 9": lambda row: str(row["taps"]),
+        "top-1 %": lambda row: f"{row['top1']:.2f}",
+        "params": lambda row: f"{row['params']:,}",
+        "MACs": lambda row: f"{row['macs'] / 1e6:.1f} M",
+        "time": lambda row: f"{row['seconds']} s",
+    }
     caption = f"ResNet-20 (91.73 %), all 3x3 convolutions but the first, CIFAR-10 test. {machine(content)}. "
-    return table(["taps of 9", "top-1 %", "params", "MACs", "time"], lines, caption + f"`{content['command']}`")
+    return table(columns, content["rows"], caption + f"`{content['command']}`")
 
 
-def digits(contents: list[dict[str, Any]]) -> str:
+def digits(contents: list[Row]) -> str:
     (content,) = contents
-    lines = [
-        [
-            str(row["seed"]),
-            f"{row['base_top1']:.2f}",
-            f"{row['top1']:.2f}",
-            f"{kilobytes(row['base_bytes'])} to {kilobytes(row['bytes'])}",
-            f"{row['latency']['ratio']:.2f}",
-            f"{row['wall_seconds']:.0f} s",
-        ]
-        for row in content["rows"]
-    ]
-    header = ["seed", "base top-1 %", "top-1 %", "file", "time against base", "whole command"]
-    return table(header, lines, f"`shift_quant`, 449 test images. {machine(content)}. `{content['command']}`")
+    columns: dict[str, Column] = {
+        "seed": lambda row: str(row["seed"]),
+        "base top-1 %": lambda row: f"{row['base_top1']:.2f}",
+        "top-1 %": lambda row: f"{row['top1']:.2f}",
+        "file": files,
+        "time against base": lambda row: f"{row['latency']['ratio']:.2f}",
+        "whole command": lambda row: f"{row['wall_seconds']:.0f} s",
+    }
+    caption = f"`shift_quant`, 449 test images. {machine(content)}. `{content['command']}`"
+    return table(columns, content["rows"], caption)
 
 
-Render = Callable[[list[dict[str, Any]]], str]
-TABLES: dict[str, Render] = {"cifar10": cifar10, "shift_start": shift_start, "digits": digits}
+def operators(contents: list[Row]) -> str:
+    (content,) = contents
+    started = [row for row in content["rows"] if row["start"] == "trained"]
+    noise = {row["operator"]: row for row in content["rows"] if row["start"] == "noise"}
+    columns: dict[str, Column] = {
+        "operator": lambda row: f"`{row['operator'].rpartition('-')[0]}`",
+        "setting": lambda row: row["setting"].replace(":", " "),
+        "params": lambda row: f"{row['params']:,}",
+        "MACs": lambda row: f"{row['macs'] / 1e6:.1f} M",
+        "after 0 / 1 / 5 epochs, top-1 %": lambda row: " / ".join(f"{row[f'top1_{n}']:.2f}" for n in (0, 1, 5)),
+        "from noise, 1 / 5": lambda row: (
+            " / ".join(f"{noise[row['operator']][f'top1_{n}']:.2f}" for n in (1, 5))
+            if row["operator"] in noise
+            else "-"
+        ),
+        "time in onnxruntime": lambda row: ratio(row["latency"]["onnxruntime"]),
+        "in torch": lambda row: ratio(row["latency"]["torch"]),
+    }
+    caption = (
+        "ResNet-20 (91.73 %), all 3x3 convolutions but the first, CIFAR-10 test, seed 0, distillation from the base; "
+        f"time: batch 1, ratio to the base. {machine(content)}. `python benchmarks/operators.py`"
+    )
+    return table(columns, started, caption)
 
 
-def stored(name: str) -> list[dict[str, Any]]:
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "cifar10": cifar10,
+    "shift_start": shift_start,
+    "operators": operators,
+    "digits": digits,
+}
+
+
+def stored(name: str) -> list[Row]:
     files = [RESULTS / f"{name}.json", *sorted(RESULTS.glob(f"{name}-*.json"))]
     return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
