@@ -13,7 +13,8 @@ from awkward import AWKWARD, SHAPE, noise_task
 from torch import Tensor, nn
 
 from compress.errors import ConfigError
-from compress.nn.shift import ShiftConv2d, round_half_away, taps, window
+from compress.nn.shift import ShiftConv2d
+from compress.nn.taps import round_half_away, taps, window
 from compress.stages import Shift
 from compress.surgery import layers
 from compress.task import Work

@@ -16,82 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compress.nn.taps import round_half_away, taps, window
+
 LARGEST_KERNEL = 255  # displacements fit a byte
 LEARNING_RATE_SCALE = 0.01  # of displacements, as in every prototxt of Jeon & Kim
 
 
 def _pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def round_half_away(x: Tensor) -> Tensor:
-    """Nearest whole number, halves away from zero: what the published kernels do (`torch.round` takes the even one)."""
-    return torch.sign(x) * torch.floor(x.abs() + 0.5)
-
-
-def window(size: int) -> tuple[int, int]:
-    """The smallest and the largest displacement inside a kernel of this size: (-1, 1) for 3, (0, 1) for 2."""
-    return -((size - 1) // 2), size // 2
-
-
-def _hat(d: Tensor, size: int) -> Tensor:
-    """Bilinear weight of every window position for displacements `d`: (...) -> (..., size)."""
-    low, high = window(size)
-    positions = torch.arange(low, high + 1, device=d.device, dtype=d.dtype)
-    return (1 - (d.unsqueeze(-1) - positions).abs()).clamp(min=0)
-
-
-def _slope(d: Tensor, size: int) -> Tensor:
-    """Derivative of `_hat` after `d`; on the lattice the mean of both sides, at the window's edge the inner side."""
-    low, high = window(size)
-    positions = torch.arange(low, high + 1, device=d.device, dtype=d.dtype)
-
-    def of_cell(left: Tensor) -> Tensor:
-        left = left.unsqueeze(-1)
-        return (positions == left + 1).to(d.dtype) - (positions == left).to(d.dtype)
-
-    last = max(high - 1, low)
-    right = of_cell(torch.floor(d).clamp(low, last))
-    left = of_cell((torch.ceil(d) - 1).clamp(low, last))
-    return (left + right) / 2 if size > 1 else torch.zeros_like(right)
-
-
-class _Taps(torch.autograd.Function):
-    """Displacements (C, T, 2) as (y, x) -> the weight of every window position (C, T, ky, kx)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, displacement: Tensor, kernel_size: tuple[int, int], quantize: bool, normalize: bool
-    ) -> Tensor:
-        ctx.save_for_backward(displacement)
-        ctx.settings = kernel_size, normalize
-        used = round_half_away(displacement) if quantize else displacement
-        rows, columns = _hat(used[..., 0], kernel_size[0]), _hat(used[..., 1], kernel_size[1])
-        return rows.unsqueeze(-1) * columns.unsqueeze(-2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (displacement,) = ctx.saved_tensors
-        (ky, kx), normalize = ctx.settings
-        grad = grad.to(displacement.dtype)
-        y, x = displacement[..., 0], displacement[..., 1]
-        # Straight through the rounding: the bilinear derivative where the displacement really is.
-        by_y = (grad * (_slope(y, ky).unsqueeze(-1) * _hat(x, kx).unsqueeze(-2))).sum((-2, -1))
-        by_x = (grad * (_hat(y, ky).unsqueeze(-1) * _slope(x, kx).unsqueeze(-2))).sum((-2, -1))
-        out = torch.stack((by_y, by_x), -1)
-        if normalize:
-            out = out / out.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(out.dtype).tiny)
-        return out, None, None, None
-
-
-def taps(displacement: Tensor, kernel_size: tuple[int, int], quantize: bool = False, normalize: bool = False) -> Tensor:
-    """The weight that every position of the window gets from displacements (C, T, 2) in (y, x): (C, T, ky, kx).
-
-    Displacements count in steps of the kernel's grid (times its dilation in pixels) from its centre, and lie inside
-    it. Bilinear between grid points. With `quantize` they are rounded, and the gradient passes straight through; with
-    `normalize` the gradient of each displacement has length 1 (Jeon & Kim, section 3.3).
-    """
-    return _Taps.apply(displacement, kernel_size, quantize, normalize)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class ShiftConv2d(nn.Module):
@@ -103,7 +35,8 @@ class ShiftConv2d(nn.Module):
 
     `displacement` is (in_channels, taps, 2) in (y, x), see `taps`. Column `c * taps + t` of `pointwise.weight` belongs
     to copy t of input channel c. With `learn` the displacements are trained, with `quantize` they are rounded in every
-    forward pass, `l1` is the weight of their L1 norm in the loss.
+    forward pass, `l1` is the weight of their L1 norm in the loss. `normalize` gives the gradient of each displacement
+    length 1, and `lr_scale` is their learning rate as a share of the weights'; Chen et al. use False and 1.
 
     Raises:
         ValueError: more taps than the kernel has positions, or none; a kernel wider than 255.
@@ -124,6 +57,8 @@ class ShiftConv2d(nn.Module):
         learn: bool = False,
         quantize: bool = True,
         l1: float = 0.0,
+        normalize: bool = True,
+        lr_scale: float = LEARNING_RATE_SCALE,
     ) -> None:
         super().__init__()
         self.kernel_size = _pair(kernel_size)
@@ -139,6 +74,7 @@ class ShiftConv2d(nn.Module):
         self.padding = padding if isinstance(padding, str) else _pair(padding)
         self.groups, self.padding_mode = groups, padding_mode
         self.learn, self.quantize, self.l1 = learn, quantize, l1
+        self.normalize, self.lr_scale = normalize, lr_scale
         self.displacement = nn.Parameter(self._spread(positions), requires_grad=learn)
         self.pointwise = nn.Conv2d(in_channels * taps, out_channels, 1, groups=groups, bias=bias)
 
@@ -164,7 +100,7 @@ class ShiftConv2d(nn.Module):
         """The dense kernel this layer equals: (out_channels, in_channels / groups, ky, kx)."""
         if self.training and self.learn:
             self._clamp()
-        places = taps(self.displacement, self.kernel_size, self.quantize, normalize=True)
+        places = taps(self.displacement, self.kernel_size, self.quantize, self.normalize)
         g, positions = self.groups, math.prod(self.kernel_size)
         weight = self.pointwise.weight.view(g, self.out_channels // g, self.in_channels // g, self.taps)
         places = places.view(g, self.in_channels // g, self.taps, positions)
@@ -224,15 +160,16 @@ class ShiftConv2d(nn.Module):
     def penalty(self) -> Tensor:
         """What the layer adds to the training loss: `l1` times the L1 norm of its displacements, while they learn.
 
-        The gradient from the images has length 1 for each displacement, so `l1` is the pull's strength beside it.
+        With `normalize` the gradient from the images has length 1 for each displacement, and `l1` is the pull's
+        strength beside it.
         """
         if not (self.learn and self.l1):
             return self.displacement.new_zeros(())
         return self.l1 * self.displacement.abs().sum()
 
     def parameter_rules(self) -> dict[str, dict[str, float]]:
-        """How an optimizer has to treat parameters of this layer: slower displacements, without weight decay."""
-        return {"displacement": {"lr_scale": LEARNING_RATE_SCALE, "weight_decay": 0.0}}
+        """How an optimizer has to treat parameters of this layer: displacements at their own pace, without decay."""
+        return {"displacement": {"lr_scale": self.lr_scale, "weight_decay": 0.0}}
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -250,6 +187,8 @@ class ShiftConv2d(nn.Module):
             "learn": self.learn,
             "quantize": self.quantize,
             "l1": self.l1,
+            "normalize": self.normalize,
+            "lr_scale": self.lr_scale,
         }
 
     def macs(self, input_shape: tuple[int, ...]) -> int:

@@ -11,8 +11,10 @@ networks need 3 or 4 taps of 9, and fine-tuning afterwards.
 
 Knobs. `taps`: copies kept of each input channel. `learn`: train the displacements by bilinear interpolation.
 `quantize`: round them in every forward pass (straight-through gradient), so that the layer stays whole-pixel. `l1`:
-pull them towards zero. `images`: how many calibration images the start is solved on. `gate`: none, macs, bytes or
-latency: layers that do not get cheaper by it (in time: at least 10 % in the target runtime) are kept.
+pull them towards zero. `normalize`, `lr_scale`: displacements' gradients of length 1 at a hundredth of the learning
+rate, as Jeon & Kim train them; Chen et al. use false and 1. `images`: how many calibration images the start is solved
+on. `gate`: none, macs, bytes or latency: layers that do not get cheaper by it (in time: at least 10 % in the target
+runtime) are kept.
 
 Measured. See the tables in the README (`benchmarks/shift_start.py`, and `benchmarks/cifar10.py` for the recipe). In a
 short fine-tuning learned displacements hardly ever leave their grid point, since their learning rate is a hundredth of
@@ -32,7 +34,8 @@ from torch import Tensor, nn
 
 from compress.errors import ConfigError
 from compress.gate import check_gate
-from compress.nn.shift import ShiftConv2d, window
+from compress.nn.shift import LEARNING_RATE_SCALE, ShiftConv2d
+from compress.nn.taps import window
 from compress.reconstruct import Normal, eliminate, relative_error
 from compress.stage import Edit, Keep
 from compress.substitute import Old, substitute
@@ -48,6 +51,8 @@ class Shift:
     learn: bool = False
     quantize: bool = True
     l1: float = 0.0
+    normalize: bool = True
+    lr_scale: float = LEARNING_RATE_SCALE
     images: int = 1024
     ridge: float = 1e-4
     gate: str = "none"
@@ -62,7 +67,7 @@ class Shift:
         for name, least in (("taps", 1), ("images", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least {least}.")
-        for name in ("l1", "ridge"):
+        for name in ("l1", "lr_scale", "ridge"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"`{name}` (={value}) must be a finite number, 0 or more.")
@@ -92,31 +97,32 @@ class Shift:
     def _start(self, old: Old) -> tuple[nn.Module, float]:
         if math.prod(old.layer.kernel_size) == 1:
             raise Keep("a 1x1 kernel has one position only, so there is nothing to shift")
-        new = empty_shift(old.layer, self.taps, learn=self.learn, quantize=self.quantize, l1=self.l1)
+        new = self._empty(old.layer)
         if self.taps == math.prod(old.layer.kernel_size):
             copy_kernel(old.layer, new)
             return new, 0.0
         return new, fit_shift(new, old.normal(), self.ridge)
 
-
-def empty_shift(layer: nn.Conv2d, taps: int, *, learn: bool, quantize: bool, l1: float) -> ShiftConv2d:
-    """A shift layer of the convolution's geometry, on its device, not yet fitted."""
-    new = ShiftConv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
-        taps,
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
-        learn=learn,
-        quantize=quantize,
-        l1=l1,
-    )
-    return new.to(device=layer.weight.device, dtype=layer.weight.dtype)
+    def _empty(self, layer: nn.Conv2d) -> ShiftConv2d:
+        """A shift layer of the convolution's geometry, on its device, not yet fitted."""
+        new = ShiftConv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
+            self.taps,
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+            learn=self.learn,
+            quantize=self.quantize,
+            l1=self.l1,
+            normalize=self.normalize,
+            lr_scale=self.lr_scale,
+        )
+        return new.to(device=layer.weight.device, dtype=layer.weight.dtype)
 
 
 def copy_kernel(layer: nn.Conv2d, new: ShiftConv2d) -> None:
