@@ -147,6 +147,14 @@ def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.pad(x, around, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 
 
+def solve_kept(normal: Normal, group: int, keep: Tensor, ridge: float) -> Tensor:
+    """The least-squares weights (len(keep), O / G) of the features `keep` alone; the ridge is that of all features."""
+    gram = normal.gram[group]
+    kept = gram[keep][:, keep] + torch.eye(len(keep), dtype=gram.dtype) * (ridge * gram.diagonal().mean())
+    weights: Tensor = torch.linalg.solve(kept, normal.cross[group][keep])
+    return weights
+
+
 def eliminate(normal: Normal, group: int, positions: int, taps: int, ridge: float) -> tuple[Tensor, Tensor]:
     """Choose `taps` of the `positions` of each input channel by backward elimination, and solve for their weights.
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from compress.errors import ConfigError
 from compress.nn.shift import ShiftConv2d
 from compress.nn.taps import round_half_away, taps, window
+from compress.reconstruct import normal_equations
 from compress.stages import Shift
+from compress.stages.shift import fit_shift, grouped_places, random_places
 from compress.surgery import layers
 from compress.task import Work
 
@@ -209,3 +211,41 @@ def test_training_moves_learned_displacements_only(learn: bool) -> None:
     else:
         assert layer.displacement.grad is None
     assert torch.equal(layer.displacement, before)
+
+
+def test_grouped_places_follow_the_published_rule() -> None:
+    places = grouped_places(20, (3, 3), 1).flatten().tolist()
+    for channel in range(18):
+        dx, dy = channel % 3 - 1, channel // 3 % 3 - 1
+        assert places[channel] == (dy + 1) * 3 + dx + 1
+    assert places[18:] == [4, 4]  # 18 = 2 whole turns; what is left stays where it is
+    assert all(len(set(row)) == 3 for row in grouped_places(20, (3, 3), 3).tolist())
+
+
+def test_random_places_differ_within_a_channel_and_follow_the_seed() -> None:
+    places = random_places(50, (5, 5), 4, seed=1)
+    assert all(len(set(row)) == 4 and max(row) < 25 for row in places.tolist())
+    assert torch.equal(places, random_places(50, (5, 5), 4, seed=1))
+    assert not torch.equal(places, random_places(50, (5, 5), 4, seed=2))
+
+
+def test_fixed_places_are_fitted_by_least_squares(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3, padding=1)
+    x = torch.randn(16, 4, 7, 7)
+    new = ShiftConv2d(4, 6, 3, 1, padding=1)
+    places = torch.tensor([[0], [4], [8], [1]])
+    normal = normal_equations(layer, [(x, layer(x).detach())], len(x), bias=True)
+    error = fit_shift(new, normal, 0.0, places)
+    windows = F.unfold(x, 3, padding=1).view(16, 4, 9, 49)
+    features = torch.stack([windows[:, c, p] for c, (p,) in enumerate(places.tolist())], -1).flatten(0, 1)
+    features = torch.cat((features, torch.ones(len(features), 1)), 1)
+    wanted = layer(x).detach().flatten(2).mT.flatten(0, 1)
+    best = features @ torch.linalg.lstsq(features, wanted).solution
+    torch.testing.assert_close(new(x).flatten(2).mT.flatten(0, 1), best, rtol=1e-4, atol=1e-4)
+    assert error == pytest.approx(float((best - wanted).square().sum() / wanted.square().sum()), rel=1e-3)
+
+
+def test_an_unknown_start_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`places` \(='here'\) must be one of data, grouped, random"):
+        Shift(places="here")

@@ -9,12 +9,13 @@ When to use it, and when not. It buys bytes and multiply-adds: `taps` of k*k of 
 with several a runtime computes the dense kernel, and time stays what it was until the weights are quantized. Small
 networks need 3 or 4 taps of 9, and fine-tuning afterwards.
 
-Knobs. `taps`: copies kept of each input channel. `learn`: train the displacements by bilinear interpolation.
-`quantize`: round them in every forward pass (straight-through gradient), so that the layer stays whole-pixel. `l1`:
-pull them towards zero. `normalize`, `lr_scale`: displacements' gradients of length 1 at a hundredth of the learning
-rate, as Jeon & Kim train them; Chen et al. use false and 1. `images`: how many calibration images the start is solved
-on. `gate`: none, macs, bytes or latency: layers that do not get cheaper by it (in time: at least 10 % in the target
-runtime) are kept.
+Knobs. `taps`: copies kept of each input channel. `places`: where they start: `data` as above; `grouped`, the fixed
+directions of Wu et al.; `random`, the baseline that learned displacements have to beat. `learn`: train the
+displacements by bilinear interpolation. `quantize`: round them in every forward pass (straight-through gradient), so
+that the layer stays whole-pixel. `l1`: pull them towards zero. `normalize`, `lr_scale`: displacements' gradients of
+length 1 at a hundredth of the learning rate, as Jeon & Kim train them; Chen et al. use false and 1. `images`: how many
+calibration images the start is solved on. `gate`: none, macs, bytes or latency: layers that do not get cheaper by it
+(in time: at least 10 % in the target runtime) are kept.
 
 Measured. See the tables in the README (`benchmarks/shift_start.py`, and `benchmarks/cifar10.py` for the recipe). In a
 short fine-tuning learned displacements hardly ever leave their grid point, since their learning rate is a hundredth of
@@ -36,11 +37,13 @@ from compress.errors import ConfigError
 from compress.gate import check_gate
 from compress.nn.shift import LEARNING_RATE_SCALE, ShiftConv2d
 from compress.nn.taps import window
-from compress.reconstruct import Normal, eliminate, relative_error
+from compress.reconstruct import Normal, eliminate, relative_error, solve_kept
 from compress.stage import Edit, Keep
 from compress.substitute import Old, substitute
 from compress.surgery import layers, matching
 from compress.task import Task, Work
+
+PLACES = ("data", "grouped", "random")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Shift:
     """Settings of the stage; see the module's card."""
 
     taps: int = 4
+    places: str = "data"
     learn: bool = False
     quantize: bool = True
     l1: float = 0.0
@@ -64,6 +68,8 @@ class Shift:
 
     def __post_init__(self) -> None:
         check_gate(self.gate)
+        if self.places not in PLACES:
+            raise ConfigError(f"`places` (={self.places!r}) must be one of {', '.join(PLACES)}.")
         for name, least in (("taps", 1), ("images", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least {least}.")
@@ -92,16 +98,25 @@ class Shift:
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)
-        return substitute(model, task, work, self, self._start, {"taps": self.taps})
 
-    def _start(self, old: Old) -> tuple[nn.Module, float]:
+        def start(old: Old) -> tuple[nn.Module, float]:
+            return self._start(old, work.seed(task.seed, "places", old.name))
+
+        return substitute(model, task, work, self, start, {"taps": self.taps})
+
+    def _start(self, old: Old, seed: int) -> tuple[nn.Module, float]:
         if math.prod(old.layer.kernel_size) == 1:
             raise Keep("a 1x1 kernel has one position only, so there is nothing to shift")
         new = self._empty(old.layer)
         if self.taps == math.prod(old.layer.kernel_size):
             copy_kernel(old.layer, new)
             return new, 0.0
-        return new, fit_shift(new, old.normal(), self.ridge)
+        places = None
+        if self.places == "grouped":
+            places = grouped_places(new.in_channels, new.kernel_size, self.taps)
+        elif self.places == "random":
+            places = random_places(new.in_channels, new.kernel_size, self.taps, seed)
+        return new, fit_shift(new, old.normal(), self.ridge, places)
 
     def _empty(self, layer: nn.Conv2d) -> ShiftConv2d:
         """A shift layer of the convolution's geometry, on its device, not yet fitted."""
@@ -136,16 +151,44 @@ def copy_kernel(layer: nn.Conv2d, new: ShiftConv2d) -> None:
             new.pointwise.bias.copy_(layer.bias)
 
 
-def fit_shift(new: ShiftConv2d, normal: Normal, ridge: float) -> float:
-    """Choose the taps and solve the pointwise weights; gives back the relative squared error over all groups."""
+def grouped_places(channels: int, kernel_size: tuple[int, int], taps: int) -> Tensor:
+    """Fixed directions (channels, taps), as numbers of window positions: all of them in turn, channel by channel.
+
+    Wu et al.'s own rule: the channels left over by whole turns stay at the centre. Further taps take the directions
+    that follow in the window.
+    """
+    (low_y, _), (low_x, _) = map(window, kernel_size)
+    positions = math.prod(kernel_size)
+    turn = torch.arange(channels) % positions
+    turn[channels // positions * positions :] = -low_y * kernel_size[1] - low_x
+    return ((turn.unsqueeze(1) + torch.arange(taps)) % positions).sort(1).values
+
+
+def random_places(channels: int, kernel_size: tuple[int, int], taps: int, seed: int) -> Tensor:
+    """Different random window positions (channels, taps) for every channel."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(channels, math.prod(kernel_size), generator=generator).argsort(1)
+    return order[:, :taps].sort(1).values
+
+
+def fit_shift(new: ShiftConv2d, normal: Normal, ridge: float, places: Tensor | None = None) -> float:
+    """Solve the pointwise weights, at `places` (in_channels, taps) or where elimination finds that they matter most.
+
+    Gives back the relative squared error over all groups.
+    """
     positions = math.prod(new.kernel_size)
     per_group = new.out_channels // new.groups
     left = 0.0
     for group in range(new.groups):
-        kept, weights = eliminate(normal, group, positions, new.taps, ridge)
+        if places is None:
+            kept, weights = eliminate(normal, group, positions, new.taps, ridge)
+        else:
+            kept = places.view(new.groups, -1, new.taps)[group]
         rows = (torch.arange(len(kept)).unsqueeze(1) * positions + kept).flatten()
         if normal.bias:
             rows = torch.cat((rows, torch.tensor([len(kept) * positions])))
+        if places is not None:
+            weights = solve_kept(normal, group, rows, ridge)
         left += relative_error(normal, group, rows, weights) * float(normal.power[group])
         with torch.no_grad():
             _place(new, group, kept)
