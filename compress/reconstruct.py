@@ -150,9 +150,14 @@ def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
 def solve_kept(normal: Normal, group: int, keep: Tensor, ridge: float) -> Tensor:
     """The least-squares weights (len(keep), O / G) of the features `keep` alone; the ridge is that of all features."""
     gram = normal.gram[group]
-    kept = gram[keep][:, keep] + torch.eye(len(keep), dtype=gram.dtype) * (ridge * gram.diagonal().mean())
-    weights: Tensor = torch.linalg.solve(kept, normal.cross[group][keep])
+    weights: Tensor = torch.linalg.solve((gram + _ridge(gram, ridge))[keep][:, keep], normal.cross[group][keep])
     return weights
+
+
+def _ridge(gram: Tensor, ridge: float) -> Tensor:
+    """What is added to a gram matrix (..., F, F): a share of its mean diagonal, and never quite nothing."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return (ridge * mean).clamp(min=1e-30) * torch.eye(gram.shape[-1], dtype=gram.dtype)
 
 
 def eliminate(normal: Normal, group: int, positions: int, taps: int, ridge: float) -> tuple[Tensor, Tensor]:
@@ -168,7 +173,7 @@ def eliminate(normal: Normal, group: int, positions: int, taps: int, ridge: floa
     size = len(gram)
     features = size - 1 if normal.bias else size
     channels = features // positions
-    inverse = torch.linalg.inv(gram + torch.eye(size, dtype=gram.dtype) * (ridge * gram.diagonal().mean()))
+    inverse = torch.linalg.inv(gram + _ridge(gram, ridge))
     weights = inverse @ cross
     alive = torch.ones(channels, positions, dtype=torch.bool)
     at_once = max(1, features // 1024)  # of different channels; one at a time in all but very wide layers
@@ -192,9 +197,7 @@ def eliminate(normal: Normal, group: int, positions: int, taps: int, ridge: floa
 
 def solve(normal: Normal, ridge: float) -> Tensor:
     """The least-squares weights (G, F, O / G), with `ridge` times the mean diagonal added to the diagonal."""
-    eye = torch.eye(normal.gram.shape[-1], dtype=normal.gram.dtype)
-    mean = normal.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    weights: Tensor = torch.linalg.solve(normal.gram + ridge * mean.clamp(min=1e-30) * eye, normal.cross)
+    weights: Tensor = torch.linalg.solve(normal.gram + _ridge(normal.gram, ridge), normal.cross)
     return weights
 
 

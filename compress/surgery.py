@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -93,6 +93,23 @@ def is_ours(module: nn.Module) -> bool:
     return hasattr(kind(module), "lower") and hasattr(kind(module), "config")
 
 
+def left_out(
+    model: nn.Module, found: Mapping[str, nn.Module], include: Iterable[str], exclude: Iterable[str]
+) -> dict[str, str]:
+    """Why a stage that changes the structure leaves each of the `found` layers alone ("" for those it takes).
+
+    By patterns, see `matching`; and what an operator of `compress.nn` is made of belongs to that operator.
+    """
+    reasons = matching(list(found), include, exclude)
+    for name in found:
+        steps = name.split(".")
+        above = [model.get_submodule(".".join(steps[:depth])) for depth in range(1, len(steps))]
+        operator = next((module for module in above if kind(module).__module__.startswith("compress.nn.")), None)
+        if operator is not None and not reasons[name]:
+            reasons[name] = f"it is a part of {describe(operator)}"
+    return reasons
+
+
 def output_layers(layer: nn.Module) -> tuple[nn.Module, ...]:
     """The `Conv2d` or `Linear` modules whose outputs, side by side, are this layer's output; () for any other layer."""
     if kind(layer) in (nn.Conv2d, nn.Linear):
@@ -138,7 +155,7 @@ def swap(
         ConfigError: a pattern that matches nothing, or no layer was changed at all.
     """
     found = layers(model, kinds)
-    reasons = matching(list(found), include, exclude)
+    reasons = left_out(model, found, include, exclude)
     sites: dict[str, Site] = {}
     for name in order or found:
         module, why, after = found[name], reasons[name], None

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from compress.nn.places import Placed
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
-from compress.surgery import kind, output_layers
+from compress.surgery import is_ours, kind, output_layers
 
 # What moves numbers about without changing them: its output is on the same grid as its input.
 _MOVES = {
@@ -131,7 +131,14 @@ class _Search:
         return node.op in ("call_function", "call_method") and _name(node) in names
 
     def _moves(self, node: fx.Node) -> bool:
-        return self._is(node, _MOVES, _MOVING_LAYERS) and bool(node.all_input_nodes)
+        return (self._is(node, _MOVES, _MOVING_LAYERS) or self._shifts(node)) and bool(node.all_input_nodes)
+
+    def _shifts(self, node: fx.Node) -> bool:
+        """Whether this is a layer of ours without convolutions, which displaces its input by whole pixels."""
+        if node.op != "call_module":
+            return False
+        layer = self.model.get_submodule(str(node.target))
+        return is_ours(layer) and not output_layers(layer) and bool(getattr(layer, "integer", False))
 
     def _clips(self, node: fx.Node) -> bool:
         return self._is(node, _CLIPS, _CLIPPING_LAYERS)

@@ -9,17 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.errors import ConfigError
+from compress.nn.squeeze_excite import SqueezeExcitation
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut; (N, in, H, W) -> (N, out, H/stride, W/stride)."""
+    """Two 3x3 convolutions and a shortcut; (N, in, H, W) -> (N, out, H/stride, W/stride).
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str) -> None:
+    With `reduction`, squeeze-and-excitation stands at the end of the convolutions.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str, reduction: int | None) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
+        self.se = None if reduction is None else SqueezeExcitation(out_channels, reduction, largest=1.0)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = (
@@ -33,6 +38,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
+        if self.se is not None:
+            y = self.se(y)
         return F.relu(y + self.shortcut(x))
 
 
@@ -53,18 +60,22 @@ class PadShortcut(nn.Module):
 class CifarResNet(nn.Module):
     """A CIFAR ResNet; (N, channels, H, W) -> (N, classes). Parameter names are those of the published weights."""
 
-    def __init__(self, depth: int, classes: int, channels: int, shortcut: str, width: int) -> None:
+    def __init__(
+        self, depth: int, classes: int, channels: int, shortcut: str, width: int, reduction: int | None = None
+    ) -> None:
         super().__init__()
         if (depth - 2) % 6 or depth < 8:
             raise ConfigError(f"`depth` (={depth}) must be 6n + 2, such as 20, 32, 44, 56 or 110.")
         if shortcut not in ("pad", "conv"):
             raise ConfigError(f"`shortcut` (={shortcut!r}) must be 'pad' (no parameters) or 'conv' (1x1 convolution).")
+        if reduction is not None and reduction < 1:
+            raise ConfigError(f"`reduction` (={reduction}) must be at least 1; 16 is usual.")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = _group(width, width, blocks, 1, shortcut)
-        self.layer2 = _group(width, 2 * width, blocks, 2, shortcut)
-        self.layer3 = _group(2 * width, 4 * width, blocks, 2, shortcut)
+        self.layer1 = _group(width, width, blocks, 1, shortcut, reduction)
+        self.layer2 = _group(width, 2 * width, blocks, 2, shortcut, reduction)
+        self.layer3 = _group(2 * width, 4 * width, blocks, 2, shortcut, reduction)
         self.linear = nn.Linear(4 * width, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -77,9 +88,11 @@ class CifarResNet(nn.Module):
         return self.linear(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-def _group(in_channels: int, out_channels: int, blocks: int, stride: int, shortcut: str) -> nn.Sequential:
-    first = Block(in_channels, out_channels, stride, shortcut)
-    rest = [Block(out_channels, out_channels, 1, shortcut) for _ in range(blocks - 1)]
+def _group(
+    in_channels: int, out_channels: int, blocks: int, stride: int, shortcut: str, reduction: int | None
+) -> nn.Sequential:
+    first = Block(in_channels, out_channels, stride, shortcut, reduction)
+    rest = [Block(out_channels, out_channels, 1, shortcut, reduction) for _ in range(blocks - 1)]
     return nn.Sequential(first, *rest)
 
 

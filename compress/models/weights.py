@@ -22,7 +22,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Put the tensors of a `.th`, `.pt`, `.pth` or `.safetensors` file into `model`.
 
     `{"state_dict": ...}` and `{"model": ...}` are opened, a `module.` before every name is stripped. Numbers are cast
-    to the model's own types. Batch norm's `num_batches_tracked` may be missing, as in old files.
+    to the model's own types. Batch norm's `num_batches_tracked` may be missing, as in old files. A model with a method
+    `translate(tensors)` is asked for the names of its published files.
 
     Raises:
         DataError: a file that is absent, truncated, or holds code; names or shapes that differ from the model's;
@@ -31,6 +32,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     given, own = read_weights(path), model.state_dict()
     if given and all(name.startswith("module.") for name in given) and not all(n.startswith("module.") for n in own):
         given = {name.removeprefix("module."): tensor for name, tensor in given.items()}
+    if hasattr(model, "translate"):
+        given = model.translate(given)  # type: ignore[operator]  # nn.Module attributes are untyped
     counters = {name for name in own if name.endswith("num_batches_tracked")}
     missing = [name for name in own if name not in given and name not in counters]
     unexpected = [name for name in given if name not in own]

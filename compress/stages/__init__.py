@@ -1,7 +1,25 @@
 """The stages, one file each; a recipe names them as `compress.stages.NAME`."""
 
+from compress.stages.convert_shift import ConvertShift
 from compress.stages.finetune import FineTune
+from compress.stages.fire import Fire
+from compress.stages.freeze_shifts import FreezeShifts
+from compress.stages.group import Group
+from compress.stages.invert import Invert
 from compress.stages.quantize import Quantize
+from compress.stages.separable import Separable
 from compress.stages.shift import Shift
+from compress.stages.squeeze_excite import SqueezeExcite
 
-__all__ = ["FineTune", "Quantize", "Shift"]
+__all__ = [
+    "ConvertShift",
+    "FineTune",
+    "Fire",
+    "FreezeShifts",
+    "Group",
+    "Invert",
+    "Quantize",
+    "Separable",
+    "Shift",
+    "SqueezeExcite",
+]

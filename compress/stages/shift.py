@@ -40,7 +40,7 @@ from compress.nn.taps import window
 from compress.reconstruct import Normal, eliminate, relative_error, solve_kept
 from compress.stage import Edit, Keep
 from compress.substitute import Old, substitute
-from compress.surgery import layers, matching
+from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
 PLACES = ("data", "grouped", "random")
@@ -83,7 +83,7 @@ class Shift:
     def check(self, model: nn.Module) -> None:
         """Raise `ConfigError` for patterns that match nothing, and for kernels with fewer positions than `taps`."""
         found = layers(model, self.kinds)
-        reasons = matching(list(found), self.include, self.exclude)
+        reasons = left_out(model, found, self.include, self.exclude)
         small = [
             f"{name or 'the model itself'} has {positions}"
             for name, layer in found.items()

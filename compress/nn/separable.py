@@ -1,0 +1,90 @@
+"""Depthwise separable convolution: a few kernels for each input channel alone, then a pointwise convolution.
+
+Sifre, "Rigid-Motion Scattering for Image Classification", PhD thesis, 2014; Chollet, "Xception", CVPR 2017;
+Howard et al., "MobileNets", arXiv:1704.04861.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def _pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+class SeparableConv2d(nn.Module):
+    """`multiplier` kernels for each input channel (`depthwise`), then a 1x1 convolution over all of them (`pointwise`).
+
+    Maps (N, in_channels, H, W) as the k x k convolution of the same stride, padding, dilation and groups does, and
+    nothing stands between the two: it is that convolution where the kernels of each input channel, as a matrix
+    (out_channels / groups, positions), have rank `multiplier` at most. The depthwise one has all that is spatial and
+    no bias, the pointwise one the groups and the bias. Column `c * multiplier + t` of `pointwise.weight`, counted
+    within its group, belongs to kernel t of input channel c.
+
+    Raises:
+        ValueError: more kernels for a channel than the kernel has positions, or none; channels that do not divide
+            into groups.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        multiplier: int,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__()
+        self.kernel_size = _pair(kernel_size)
+        positions = math.prod(self.kernel_size)
+        if not 1 <= multiplier <= positions:
+            raise ValueError(f"`multiplier` (={multiplier}) must be between 1 and the kernel's {positions} positions.")
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if groups < 1 or channels % groups:
+                raise ValueError(f"`{name}` (={channels}) must be divisible by `groups` (={groups}).")
+        self.in_channels, self.out_channels, self.multiplier = in_channels, out_channels, multiplier
+        self.stride, self.dilation = _pair(stride), _pair(dilation)
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.groups, self.padding_mode = groups, padding_mode
+        between = in_channels * multiplier
+        spatial: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        spatial["padding_mode"] = padding_mode
+        self.depthwise = nn.Conv2d(in_channels, between, self.kernel_size, groups=in_channels, bias=False, **spatial)
+        self.pointwise = nn.Conv2d(between, out_channels, 1, groups=groups, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.pointwise(self.depthwise(x))
+        return out
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": list(self.kernel_size),
+            "multiplier": self.multiplier,
+            "stride": list(self.stride),
+            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
+            "dilation": list(self.dilation),
+            "groups": self.groups,
+            "bias": self.pointwise.bias is not None,
+            "padding_mode": self.padding_mode,
+        }
+
+    def extra_repr(self) -> str:
+        kernel = "x".join(str(k) for k in self.kernel_size)
+        text = f"{self.in_channels}, {self.out_channels}, {kernel}, multiplier={self.multiplier}"
+        for name, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+            value = getattr(self, name)
+            if value != default:
+                text += f", {name}={value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value}"
+        return text

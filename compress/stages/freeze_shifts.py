@@ -1,0 +1,52 @@
+"""FreezeShifts: learned displacements stay where they are from here on.
+
+What it does. Every shift layer that still learns its displacements stops. Rounded ones are fixed at their grid points,
+and copies that met on one are summed. The output does not change.
+
+When to use it, and when not. Half-way through a training, as Chen et al. do: the weights then settle on displacements
+that no longer move. `Quantize` freezes rounded shifts by itself.
+
+Knobs. `include`, `exclude`: layers by name pattern.
+
+Measured. Not yet measured.
+
+Reference. Chen et al., "All You Need is a Few Shifts", CVPR 2019, section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+
+from compress.nn.displace import Shift2d
+from compress.nn.shift import ShiftConv2d
+from compress.stage import Edit, Keep
+from compress.surgery import swap
+from compress.task import Task, Work
+
+
+@dataclass(frozen=True)
+class FreezeShifts:
+    """Settings of the stage; see the module's card."""
+
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+
+    kind: ClassVar[str] = "substitute"
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (Shift2d, ShiftConv2d)
+
+    def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
+        model, sites = swap(model, _frozen, self.kinds, self.include, self.exclude)
+        return Edit(model, sites)
+
+
+def _frozen(name: str, layer: nn.Module) -> nn.Module:
+    assert isinstance(layer, Shift2d | ShiftConv2d)
+    if not layer.learn:
+        raise Keep("its displacements do not learn")
+    layer.settle()
+    layer.displacement.requires_grad_(False)
+    layer.learn = False
+    return layer
