@@ -33,7 +33,7 @@ def test_layer_is_a_convolution_of_each_groups_channels() -> None:
         for chosen, made in (([3, 1, 4], slice(2)), ([0, 5, 2], slice(2, 4)))
     ]
     torch.testing.assert_close(layer(x), torch.cat(halves, 1))
-    assert describe(layer) == "GroupedConv2d(6, 4, 3x5, groups=2, stride=(2, 1), dilation=2)"
+    assert describe(layer) == "GroupedConv2d(6, 4, 3x5, stride=(2, 1), dilation=2, groups=2)"
 
 
 def test_a_new_layer_shuffles_as_torch_does() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.nn.geometry import spatial_config, unusual
+
 
 class Fire(nn.Module):
     """1x1 convolution to `squeeze` channels, ReLU, then `expand1` outputs by a 1x1, `expand3` by a k x k convolution.
@@ -83,11 +85,7 @@ class Fire(nn.Module):
             "squeeze": squeeze,
             "expand1": expand1,
             "expand3": expand3,
-            "kernel_size": list(self.kernel_size),
-            "stride": list(self.stride),
-            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
-            "dilation": list(self.dilation),
-            "padding_mode": self.padding_mode,
+            **spatial_config(self),
             "reorder": self.reorder,
         }
 
@@ -95,11 +93,7 @@ class Fire(nn.Module):
         kernel = "x".join(str(k) for k in self.kernel_size)
         squeeze, expand1, expand3 = self.widths
         text = f"{self.in_channels}, {self.out_channels}, {kernel}, squeeze={squeeze}, expand={expand1}+{expand3}"
-        for name, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("padding_mode", "zeros")):
-            value = getattr(self, name)
-            if value != default:
-                text += f", {name}={value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value}"
-        return text
+        return text + unusual(self)
 
 
 def middle(layer: nn.Conv2d) -> tuple[int, int] | None:

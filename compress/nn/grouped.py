@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.nn.geometry import spatial_config, unusual
+
 
 class GroupedConv2d(nn.Module):
     """The input's channels in another `order`, then a convolution in `groups` groups (`grouped`).
@@ -62,20 +64,11 @@ class GroupedConv2d(nn.Module):
         return {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
-            "kernel_size": list(self.kernel_size),
             "groups": self.groups,
-            "stride": list(self.stride),
-            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
-            "dilation": list(self.dilation),
             "bias": getattr(self.grouped, "bias", None) is not None,
-            "padding_mode": self.padding_mode,
+            **spatial_config(self),
         }
 
     def extra_repr(self) -> str:
         kernel = "x".join(str(k) for k in self.kernel_size)
-        text = f"{self.in_channels}, {self.out_channels}, {kernel}, groups={self.groups}"
-        for name, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("padding_mode", "zeros")):
-            value = getattr(self, name)
-            if value != default:
-                text += f", {name}={value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value}"
-        return text
+        return f"{self.in_channels}, {self.out_channels}, {kernel}" + unusual(self)

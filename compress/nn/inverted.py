@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compress.nn.geometry import spatial_config, unusual
+
 
 class InvertedConv2d(nn.Module):
     """`expand` (1x1, to `expansion` times the inputs), ReLU, `depthwise` (k x k), ReLU, `project` (1x1, linear).
@@ -57,20 +59,12 @@ class InvertedConv2d(nn.Module):
         return {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
-            "kernel_size": list(self.kernel_size),
             "expansion": self.expansion,
-            "stride": list(self.stride),
-            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
-            "dilation": list(self.dilation),
-            "padding_mode": self.padding_mode,
+            **spatial_config(self),
             "clip6": self.clip6,
         }
 
     def extra_repr(self) -> str:
         kernel = "x".join(str(k) for k in self.kernel_size)
         text = f"{self.in_channels}, {self.out_channels}, {kernel}, expansion={self.expansion}"
-        for name, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("padding_mode", "zeros"), ("clip6", False)):
-            value = getattr(self, name)
-            if value != default:
-                text += f", {name}={value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value}"
-        return text
+        return text + unusual(self) + (", clip6" if self.clip6 else "")

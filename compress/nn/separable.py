@@ -11,9 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-
-def _pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+from compress.nn.geometry import pair, spatial_config, unusual
 
 
 class SeparableConv2d(nn.Module):
@@ -44,7 +42,7 @@ class SeparableConv2d(nn.Module):
         padding_mode: str = "zeros",
     ) -> None:
         super().__init__()
-        self.kernel_size = _pair(kernel_size)
+        self.kernel_size = pair(kernel_size)
         positions = math.prod(self.kernel_size)
         if not 1 <= multiplier <= positions:
             raise ValueError(f"`multiplier` (={multiplier}) must be between 1 and the kernel's {positions} positions.")
@@ -52,8 +50,8 @@ class SeparableConv2d(nn.Module):
             if groups < 1 or channels % groups:
                 raise ValueError(f"`{name}` (={channels}) must be divisible by `groups` (={groups}).")
         self.in_channels, self.out_channels, self.multiplier = in_channels, out_channels, multiplier
-        self.stride, self.dilation = _pair(stride), _pair(dilation)
-        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.stride, self.dilation = pair(stride), pair(dilation)
+        self.padding = padding if isinstance(padding, str) else pair(padding)
         self.groups, self.padding_mode = groups, padding_mode
         between = in_channels * multiplier
         spatial: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
@@ -70,21 +68,13 @@ class SeparableConv2d(nn.Module):
         return {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
-            "kernel_size": list(self.kernel_size),
             "multiplier": self.multiplier,
-            "stride": list(self.stride),
-            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
-            "dilation": list(self.dilation),
             "groups": self.groups,
             "bias": self.pointwise.bias is not None,
-            "padding_mode": self.padding_mode,
+            **spatial_config(self),
         }
 
     def extra_repr(self) -> str:
         kernel = "x".join(str(k) for k in self.kernel_size)
         text = f"{self.in_channels}, {self.out_channels}, {kernel}, multiplier={self.multiplier}"
-        for name, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
-            value = getattr(self, name)
-            if value != default:
-                text += f", {name}={value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value}"
-        return text
+        return text + unusual(self)

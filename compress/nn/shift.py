@@ -16,14 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compress.nn.geometry import pair, spatial_config, unusual
 from compress.nn.taps import round_half_away, taps, window
 
 LARGEST_KERNEL = 255  # displacements fit a byte
 LEARNING_RATE_SCALE = 0.01  # of displacements, as in every prototxt of Jeon & Kim
-
-
-def _pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 class ShiftConv2d(nn.Module):
@@ -61,7 +58,7 @@ class ShiftConv2d(nn.Module):
         lr_scale: float = LEARNING_RATE_SCALE,
     ) -> None:
         super().__init__()
-        self.kernel_size = _pair(kernel_size)
+        self.kernel_size = pair(kernel_size)
         positions = math.prod(self.kernel_size)
         if not all(1 <= size <= LARGEST_KERNEL for size in self.kernel_size):
             raise ValueError(
@@ -70,8 +67,8 @@ class ShiftConv2d(nn.Module):
         if not 1 <= taps <= positions:
             raise ValueError(f"`taps` (={taps}) must be between 1 and the kernel's {positions} positions.")
         self.in_channels, self.out_channels, self.taps = in_channels, out_channels, taps
-        self.stride, self.dilation = _pair(stride), _pair(dilation)
-        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.stride, self.dilation = pair(stride), pair(dilation)
+        self.padding = padding if isinstance(padding, str) else pair(padding)
         self.groups, self.padding_mode = groups, padding_mode
         self.learn, self.quantize, self.l1 = learn, quantize, l1
         self.normalize, self.lr_scale = normalize, lr_scale
@@ -110,7 +107,7 @@ class ShiftConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros":
-            left_right = _pair(padding)[::-1]
+            left_right = pair(padding)[::-1]
             x = F.pad(x, [p for p in left_right for _ in range(2)], mode=self.padding_mode)
             padding = 0
         return F.conv2d(x, self.kernel(), self.pointwise.bias, self.stride, padding, self.dilation, self.groups)
@@ -176,14 +173,10 @@ class ShiftConv2d(nn.Module):
         return {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
-            "kernel_size": list(self.kernel_size),
             "taps": self.taps,
-            "stride": list(self.stride),
-            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
-            "dilation": list(self.dilation),
             "groups": self.groups,
             "bias": self.pointwise.bias is not None,
-            "padding_mode": self.padding_mode,
+            **spatial_config(self),
             "learn": self.learn,
             "quantize": self.quantize,
             "l1": self.l1,
@@ -250,8 +243,4 @@ class ShiftConv2d(nn.Module):
     def extra_repr(self) -> str:
         kernel = "x".join(str(k) for k in self.kernel_size)
         text = f"{self.in_channels}, {self.out_channels}, {self.taps} of {kernel}"
-        for name, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
-            value = getattr(self, name)
-            if value != default:
-                text += f", {name}={value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value}"
-        return text
+        return text + unusual(self)

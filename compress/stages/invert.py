@@ -12,9 +12,10 @@ as many outputs as inputs about two ninths are left for each copy, so 5 copies c
 paper's 6 belong to networks that are narrow between their blocks. At the start most weights of the expansion are zero:
 there is room to learn, so fine-tune afterwards.
 
-Knobs. `expansion`: copies of each input channel, on average. `clip6`: ReLU6 in place of ReLU, for integer arithmetic of few bits.
-`images`: how many calibration images the start is solved on. `ridge`: pulls the projection towards zero, as a share of
-the activations' mean power. `gate`: none, macs, bytes or latency: layers that do not get cheaper by it are kept.
+Knobs. `expansion`: copies of each input channel, on average. `clip6`: ReLU6 in place of ReLU, for integer arithmetic
+of few bits. `images`: how many calibration images the start is solved on. `ridge`: pulls the projection towards zero,
+as a share of the activations' mean power. `gate`: none, macs, bytes or latency: layers that do not get cheaper by it
+are kept.
 
 Measured. Not yet measured.
 
