@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from compress.errors import ConfigError
 from compress.files import write
 from compress.stage import Keep
-from compress.surgery import describe
 from compress.task import Work
 
 GATES = ("none", "macs", "bytes", "latency")
@@ -35,34 +34,42 @@ class Gate:
     by: str
     work: Work
 
-    def require(self, old: nn.Module, new: nn.Module, x: Tensor) -> None:
-        """Raise `Keep` unless `new` costs less than `old` on inputs like `x` (N, C, H, W).
+    def require(self, old: nn.Module, new: nn.Module, x: Tensor) -> str:
+        """The cost before and after; raises `Keep` unless `new` costs less than `old` on inputs like `x` (N, C, H, W).
 
         In time, less means at least 10 % less in each of three rounds, in the target runtime, for one image.
         """
         if self.by == "macs":
-            self._require_fewer("MACs", _macs(old, x), _macs(new, x))
+            return _fewer("MACs", _macs(old, x), _macs(new, x))
         if self.by == "bytes":
-            self._require_fewer("bytes of weights", _bytes(old), _bytes(new))
-        if self.by == "latency":
-            measured = self._measured(old, new, x)
-            before, after = measured["before_ms"], measured["after_ms"]
-            if measured["slowest_ratio"] > FASTER:
-                verdict = "slower" if after >= before else "not 10 % faster in each round"
-                raise Keep(f"{verdict} on {self.work.target}: {before:.3g} ms -> {after:.3g} ms")
-
-    def _require_fewer(self, unit: str, before: int, after: int) -> None:
-        if after >= before:
-            raise Keep(f"no fewer {unit}: {before:,} -> {after:,}")
+            return _fewer("bytes of weights", _bytes(old), _bytes(new))
+        measured = self._measured(old, new, x)
+        before, after = measured["before_ms"], measured["after_ms"]
+        figures = f"on {self.work.target}: {before:.3g} ms -> {after:.3g} ms"
+        if measured["slowest_ratio"] > FASTER:
+            raise Keep(f"{'slower' if after >= before else 'not 10 % faster in each round'} {figures}")
+        return figures
 
     def _measured(self, old: nn.Module, new: nn.Module, x: Tensor) -> dict[str, float]:
         file = self.work.folder / "gate.json"
         known: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        question = f"{self.work.target}: {describe(old)} -> {describe(new)} at {list(x.shape[1:])}"
+        question = f"{self.work.target}: {_told(old)} -> {_told(new)} at {list(x.shape[1:])}"
         if question not in known:
             known[question] = _timed(old, new, x, self.work.target)
             write(file, json.dumps(known, indent=1).encode())
         return known[question]
+
+
+def _fewer(unit: str, before: int, after: int) -> str:
+    if after >= before:
+        raise Keep(f"no fewer {unit}: {before:,} -> {after:,}")
+    return f"{unit}: {before:,} -> {after:,}"
+
+
+def _told(layer: nn.Module) -> str:
+    """Everything that makes a layer as fast as it is, in one line."""
+    config = json.dumps(layer.config()) if hasattr(layer, "config") else ""  # type: ignore[operator]  # ours
+    return " ".join(f"{layer!r} {config}".split())
 
 
 def _macs(layer: nn.Module, x: Tensor) -> int:
@@ -72,7 +79,12 @@ def _macs(layer: nn.Module, x: Tensor) -> int:
 
 
 def _bytes(layer: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in layer.parameters())
+    """Weights in their own type; whole-pixel displacements and channel orders in one byte for each number."""
+    total = 0
+    for name, tensor in layer.state_dict().items():
+        small = not tensor.is_floating_point() or (name.endswith("displacement") and getattr(layer, "integer", False))
+        total += tensor.numel() * (1 if small else tensor.element_size())
+    return total
 
 
 def _timed(old: nn.Module, new: nn.Module, x: Tensor, target: str) -> dict[str, float]:

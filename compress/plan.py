@@ -242,8 +242,8 @@ def _base(target: str, function: Callable[..., Any], arguments: Mapping[str, Any
 def _misfits(base: nn.Module, stages: Mapping[str, Stage]) -> list[str]:
     """What stages find wrong in the base before anything runs.
 
-    Stages keep the names of layers, so patterns are held against the base; a stage that comes after one that makes new
-    layers may be about those, so only the first has its `check` called.
+    Patterns are held against the base where it has layers of the stage's kind. A stage that comes after one that makes
+    new layers may be about those, so only the first has its `check` called and must find layers.
     """
     problems: list[str] = []
     first = True
@@ -252,9 +252,13 @@ def _misfits(base: nn.Module, stages: Mapping[str, Stage]) -> list[str]:
             continue
         with collecting(problems, f"`stages.{name}`: "):
             names = list(surgery.layers(base, each.kinds))
-            reasons = surgery.matching(names, getattr(each, "include", ()), getattr(each, "exclude", ()))
-            if names and all(reasons.values()):
-                raise ConfigError("`include` and `exclude` leave no layer to change.")
+            if names:
+                reasons = surgery.matching(names, getattr(each, "include", ()), getattr(each, "exclude", ()))
+                if all(reasons.values()):
+                    raise ConfigError("`include` and `exclude` leave no layer to change.")
+            elif first:
+                kinds = ", ".join(kind.__name__ for kind in each.kinds)
+                raise ConfigError(f"the model has no {kinds}, so there is nothing to change; choose another `model`.")
             if first and hasattr(each, "check"):
                 each.check(base)
         first = False

@@ -157,7 +157,7 @@ def solve_kept(normal: Normal, group: int, keep: Tensor, ridge: float) -> Tensor
 def _ridge(gram: Tensor, ridge: float) -> Tensor:
     """What is added to a gram matrix (..., F, F): a share of its mean diagonal, and never quite nothing."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return (ridge * mean).clamp(min=1e-30) * torch.eye(gram.shape[-1], dtype=gram.dtype)
+    return ((ridge + 1e-12) * mean).clamp(min=1e-30) * torch.eye(gram.shape[-1], dtype=gram.dtype)
 
 
 def eliminate(normal: Normal, group: int, positions: int, taps: int, ridge: float) -> tuple[Tensor, Tensor]:

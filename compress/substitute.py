@@ -86,6 +86,7 @@ def substitute(
     calls = execution_order(model, found, task.example.to(task.device))
     pairs = Pairs(model, original, plain_images(task.calibration, settings.images, task.device))
     errors: dict[str, float] = {}
+    gains: dict[str, str] = {}
     gate = Gate(settings.gate, work)
     work.progress.start(type(settings).__name__.lower(), len(calls))
 
@@ -97,10 +98,13 @@ def substitute(
         new = new.to(device=layer.weight.device, dtype=layer.weight.dtype).eval()
         if settings.gate != "none":
             x, _ = seen_by(model, layer, 1, pairs.images[0][:1])[0]
-            gate.require(layer, new, x)
+            gains[name] = gate.require(layer, new, x)
         errors[name] = round(error, 4)
         return new
 
     model, sites = swap(model, rule, kinds, settings.include, settings.exclude, order=list(calls))
     work.progress.end()
-    return Edit(model.train(was_training), sites, {**notes, "relative_error": errors})
+    told: dict[str, Any] = {**notes, "relative_error": errors}
+    if gains:
+        told["gate"] = gains
+    return Edit(model.train(was_training), sites, told)

@@ -157,7 +157,7 @@ def swap(
     found = layers(model, kinds)
     reasons = left_out(model, found, include, exclude)
     sites: dict[str, Site] = {}
-    for name in order or found:
+    for name in found if order is None else order:
         module, why, after = found[name], reasons[name], None
         before = describe(module)
         if not why:

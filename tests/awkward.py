@@ -45,6 +45,7 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
     "no bias": lambda: _around(nn.Conv2d(8, 12, 3, padding=1, bias=False)),
     "reflect padding": lambda: _around(nn.Conv2d(8, 12, 3, padding=1, padding_mode="reflect")),
     "circular padding (2, 1)": lambda: _around(nn.Conv2d(8, 12, (5, 3), padding=(2, 1), padding_mode="circular")),
+    "padding same, reflected": lambda: _around(nn.Conv2d(8, 12, (3, 4), padding="same", padding_mode="reflect")),
     "used twice": Twice,
     "at the root": lambda: nn.Conv2d(8, 12, 3, padding=1),
 }

@@ -119,3 +119,11 @@ def test_the_start_beats_the_largest_weights(tmp_path: Path) -> None:
         fitted = (edit.model(images) - expected).square().sum()
     assert fitted < 0.5 * largest
     assert set(edit.notes["relative_error"]) == {"0", "2"}
+
+
+def test_channels_that_are_copies_of_each_other_can_be_solved_without_a_ridge() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    x = torch.randn(8, 1, 6, 6).repeat(1, 3, 1, 1)
+    normal = normal_equations(layer, [(x, layer(x).detach())], len(x), bias=True)
+    kept, weights = eliminate(normal, 0, 9, 3, ridge=0.0)
+    assert kept.shape == (3, 3) and bool(weights.isfinite().all())

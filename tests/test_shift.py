@@ -249,3 +249,18 @@ def test_fixed_places_are_fitted_by_least_squares(tmp_path: Path) -> None:
 def test_an_unknown_start_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"`places` \(='here'\) must be one of data, grouped, random"):
         Shift(places="here")
+
+
+@pytest.mark.parametrize(("quantize", "far"), [(True, 1.6), (False, 1.3)])
+def test_what_was_pushed_out_of_the_window_counts_as_its_edge(quantize: bool, far: float) -> None:
+    torch.manual_seed(0)
+    layer = ShiftConv2d(2, 3, 3, 1, padding=1, learn=True, quantize=quantize)
+    x = torch.randn(1, 2, 5, 5)
+    with torch.no_grad():
+        layer.displacement.fill_(1.0)
+        expected = layer.eval()(x)
+        layer.displacement.fill_(far)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.lower("onnxruntime")(x), expected)
+    layer.settle()
+    torch.testing.assert_close(layer(x), expected)

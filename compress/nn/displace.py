@@ -268,7 +268,8 @@ class ShiftPool2d(nn.Module):
     """A whole-pixel shift, then the average over 2x2: a strided shift by half pixels, in integers.
 
     Maps (N, channels, H, W) to (N, channels, ceil(H / stride), ceil(W / stride)). `pad` is (rows, columns) of zeros
-    below and on the right, for maps whose last window would reach past the edge.
+    below and on the right: 1 where the last window would reach past the edge, which is so for odd sizes at stride 2.
+    Without it such maps lose their last row or column.
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int, dilation: int, pad: tuple[int, int]) -> None:

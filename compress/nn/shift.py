@@ -97,7 +97,7 @@ class ShiftConv2d(nn.Module):
         """The dense kernel this layer equals: (out_channels, in_channels / groups, ky, kx)."""
         if self.training and self.learn:
             self._clamp()
-        places = taps(self.displacement, self.kernel_size, self.quantize, self.normalize)
+        places = taps(self._inside(), self.kernel_size, self.quantize, self.normalize)
         g, positions = self.groups, math.prod(self.kernel_size)
         weight = self.pointwise.weight.view(g, self.out_channels // g, self.in_channels // g, self.taps)
         places = places.view(g, self.in_channels // g, self.taps, positions)
@@ -107,10 +107,27 @@ class ShiftConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros":
-            left_right = pair(padding)[::-1]
-            x = F.pad(x, [p for p in left_right for _ in range(2)], mode=self.padding_mode)
+            x = F.pad(x, self._around(), mode=self.padding_mode)
             padding = 0
         return F.conv2d(x, self.kernel(), self.pointwise.bias, self.stride, padding, self.dilation, self.groups)
+
+    def _around(self) -> list[int]:
+        """The padding as left, right, top, bottom."""
+        sides = []
+        for axis in (1, 0):
+            reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
+            if self.padding == "same":  # the odd one out goes to the end, as in torch
+                sides += [reach // 2, reach - reach // 2]
+            else:
+                sides += 2 * [0 if isinstance(self.padding, str) else self.padding[axis]]
+        return sides
+
+    def _inside(self) -> Tensor:
+        """The displacements as they are used: what an optimizer step pushed out of the window counts as its edge."""
+        low, high = (
+            torch.tensor([window(size)[end] for size in self.kernel_size]).to(self.displacement) for end in (0, 1)
+        )
+        return self.displacement.clamp(low, high)
 
     @torch.no_grad()
     def _clamp(self) -> None:
@@ -151,6 +168,10 @@ class ShiftConv2d(nn.Module):
                 self.pointwise.weight = weight
             elif met:
                 self.pointwise.weight.copy_(weight)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Stop learning the displacements, which stay where they are."""
         self.displacement.requires_grad_(False)
         self.learn = False
 
@@ -221,7 +242,7 @@ class ShiftConv2d(nn.Module):
                 move = nn.Conv2d(
                     self.in_channels, self.in_channels, self.kernel_size, groups=self.in_channels, bias=False, **spatial
                 )
-                move.weight.copy_(taps(self.displacement, self.kernel_size, self.quantize))
+                move.weight.copy_(taps(self._inside(), self.kernel_size, self.quantize))
                 mix = nn.Conv2d(self.in_channels, self.out_channels, 1, groups=self.groups, bias=bias is not None)
                 mix.weight.copy_(self.pointwise.weight)
                 lowered: nn.Module = nn.Sequential(move, mix)

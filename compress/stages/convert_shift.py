@@ -16,8 +16,8 @@ convolution behind each shift. `images`: how many calibration images it is solve
 Measured. AS-ResNet-w32 (published weights), no training, top-1 among 1000 classes on 500 images of ten of them
 (`benchmarks/as_resnet.py`; float 62.4): strided layers pooled and the others bilinear 60.6, all converted 49.4, plainly
 rounded 0.0. Solved for again on 256 images: 61.8 and 67.6; more than float, since those images are of the ten classes
-and the network comes to prefer them. On photographs of other classes it does not gain by that: choose images that look
-like all that the network is for.
+and the network comes to prefer them. On two photographs of other classes the logits of the second come out further from
+the original's by it (cosine 0.79 to 0.75): choose images that look like all that the network is for.
 
 Reference. Jeon & Kim, NeurIPS 2018; Chen et al., CVPR 2019, whose blocks pool where the map gets smaller.
 """
@@ -96,6 +96,8 @@ class ConvertShift:
         if self.refit:
             changed = {site.name for site in sites if site.after is not None}
             notes["relative_error"] = self._refit(model, original, changed, task, work)
+            if len(notes["relative_error"]) < len(changed):
+                notes["refit"] = "only where one plain convolution reads the shift, in a model that can be traced"
         return Edit(model.train(was_training), sites, notes)
 
     def _refit(

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -91,7 +91,15 @@ class Fire:
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)
-        return substitute(model, task, work, self, self._start, {"squeeze": self.squeeze, "pct3": self.pct3})
+        edit = substitute(model, task, work, self, self._start, {"squeeze": self.squeeze, "pct3": self.pct3})
+        made = {site.name: edit.model.get_submodule(site.name) for site in edit.sites if site.after is not None}
+        units = {name: layer for name, layer in made.items() if isinstance(layer, FireModule)}
+        fewer = {
+            name: unit.widths[0]
+            for name, unit in units.items()
+            if unit.widths[0] < round(self.squeeze * unit.out_channels)
+        }
+        return replace(edit, notes={**edit.notes, "fewer": fewer})
 
     def _why_kept(self, layer: nn.Conv2d) -> str:
         if math.prod(layer.kernel_size) == 1:

@@ -47,6 +47,5 @@ def _frozen(name: str, layer: nn.Module) -> nn.Module:
     if not layer.learn:
         raise Keep("its displacements do not learn")
     layer.settle()
-    layer.displacement.requires_grad_(False)
-    layer.learn = False
+    layer.freeze()
     return layer

@@ -35,7 +35,7 @@ from compress.nn.grouped import GroupedConv2d
 from compress.reconstruct import Normal, relative_error, solve
 from compress.stage import Edit, Keep
 from compress.substitute import Old, substitute
-from compress.surgery import layers, matching
+from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
 SHUFFLES = ("data", "fixed")
@@ -68,7 +68,7 @@ class Group:
 
     def check(self, model: nn.Module) -> None:
         """Raise `ConfigError` for patterns that match nothing."""
-        matching(list(layers(model, self.kinds)), self.include, self.exclude)
+        left_out(model, layers(model, self.kinds), self.include, self.exclude)
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -38,7 +38,7 @@ from compress.nn.inverted import InvertedConv2d
 from compress.reconstruct import Normal, fit_convolution, normal_equations, seen_by, solve
 from compress.stage import Edit, Keep
 from compress.substitute import Old, substitute
-from compress.surgery import layers, matching
+from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
 
@@ -67,11 +67,15 @@ class Invert:
 
     def check(self, model: nn.Module) -> None:
         """Raise `ConfigError` for patterns that match nothing."""
-        matching(list(layers(model, self.kinds)), self.include, self.exclude)
+        left_out(model, layers(model, self.kinds), self.include, self.exclude)
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)
-        return substitute(model, task, work, self, self._start, {"expansion": self.expansion})
+        edit = substitute(model, task, work, self, self._start, {"expansion": self.expansion})
+        made = {site.name: edit.model.get_submodule(site.name) for site in edit.sites if site.after is not None}
+        used = {name: layer.expansion for name, layer in made.items() if isinstance(layer, InvertedConv2d)}
+        fewer = {name: copies for name, copies in used.items() if copies < self.expansion}
+        return replace(edit, notes={**edit.notes, "fewer": fewer})
 
     def _start(self, old: Old) -> tuple[nn.Module, float]:
         positions = math.prod(old.layer.kernel_size)

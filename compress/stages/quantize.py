@@ -109,10 +109,10 @@ class Quantize:
     def _kept(self, found: Mapping[str, nn.Module]) -> dict[str, str]:
         kept = matching(list(found), self.include, self.exclude)
         for name, layer in found.items():
-            if not kept[name] and getattr(layer, "integer", True) is False:
+            if not kept[name] and not _weighted(layer):
+                kept[name] = "it only displaces its input: there are no weights to quantize"
+            elif not kept[name] and getattr(layer, "integer", True) is False:
                 kept[name] = "it moves by fractions of a pixel, which mixes its weights; set `quantize: true` in Shift"
-            elif not kept[name] and not _weighted(layer):
-                kept[name] = "it has no convolution inside whose weights could be quantized"
         return kept
 
     def _site(self, name: str, before: str, why: str, tensors: Tensors, untraced: str) -> Site:

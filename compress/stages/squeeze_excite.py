@@ -11,7 +11,7 @@ and a multiplication. Mobile networks made for quantization leave it out (Effici
 `Quantize`: it calibrates the ranges on the gates as they are then, and a gate that is still 1 could never grow.
 
 Knobs. `reduction`: channels of the layer to units of the gate's bottleneck, which has at least 4. `include`, `exclude`:
-by the name of the layer that the gate stands behind.
+by the name of the layer that the gate stands behind, which later stages know as NAME.0.
 
 Measured. Not yet measured.
 
