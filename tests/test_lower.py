@@ -254,3 +254,10 @@ def test_training_form_is_not_changed_by_exporting(tmp_path: Path) -> None:
     before = copy.deepcopy(model.state_dict())
     export_onnx(model, torch.randn(2, 3, 16, 16), tmp_path / "model.onnx", input=INPUT)
     assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_float_shift_has_float_weights(tmp_path: Path) -> None:
+    layer = ShiftConv2d(4, 4, 3, 1, padding=1).eval()
+    export_onnx(layer, torch.randn(2, 4, 6, 6), tmp_path / "m.onnx", input={})
+    operators = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert operators == ["Conv", "Conv"]  # integers would have to be converted back in every run

@@ -132,3 +132,10 @@ def test_the_published_resnet20_fits_and_another_depth_does_not(data_root: Path)
     load_weights(model, path)
     assert torch.equal(model.linear.bias, read_weights(path)["module.linear.bias"])
     assert "unexpected: layer1.3.conv1.weight" in message(data_root / "weights" / "resnet56-4bfd9763.th", resnet20())
+
+
+def test_a_text_is_no_weights_file(tmp_path: Path) -> None:
+    file = tmp_path / "w.th"
+    file.write_text("Not weights, but words.\n" * 100)
+    with pytest.raises(DataError, match=r"cannot be read: it is no file that `torch.save` wrote"):
+        read_weights(file)

@@ -99,7 +99,9 @@ def _layer(graph: ir.Graph, node: ir.Node, scales: Mapping[str, Tensor], done: s
     weight = node.inputs[1]
     name = (weight.name if weight is not None else "") or ""
     scale = scales.get(name)
-    if scale is None and _one_hot(node):
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    on_grid = source is not None and source.op_type == "DequantizeLinear"
+    if scale is None and on_grid and _one_hot(node):  # among floats the integers would only have to be converted back
         scale = torch.ones(len(_array(node.inputs[1])))
     if scale is None:
         return ""
@@ -114,8 +116,7 @@ def _layer(graph: ir.Graph, node: ir.Node, scales: Mapping[str, Tensor], done: s
     found, scale = found * spread, scale / spread  # exact; the bias is rounded to units of this scale
     _dequantized(graph, node, 1, found.numpy(), scale.numpy(), name)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    source = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if bias is None or source is None or source.op_type != "DequantizeLinear":
+    if bias is None or source is None or not on_grid:
         return ""
     step = _array(source.inputs[1]) * scale.numpy()
     units = np.round(_array(bias).astype(np.float64) / step.astype(np.float64))

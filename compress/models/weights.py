@@ -80,7 +80,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(2)
-    if start != b"PK" and start[:1] != b"\x80":  # a zip archive, or the pickle of old files
+    if start and start != b"PK" and start[:1] != b"\x80":  # a zip archive, or the pickle of old files
         raise DataError(f"`weights` (={str(path)!r}) cannot be read: it is no file that `torch.save` wrote.")
     try:
         with warnings.catch_warnings():
