@@ -1,7 +1,8 @@
-"""Every operator on ResNet-20 / CIFAR-10, started from the trained weights and from noise: `operators.py [NAME ...]`.
+"""Every operator on ResNet-20 / CIFAR-10, started from the trained weights and from noise: `operators.py [ROW ...]`.
 
-Accuracy right after substitution, after 1 and after 5 epochs of fine-tuning (the same settings for all), params, MACs,
-latency in onnxruntime and in torch. Rows are stored as they come; without names, all that are not stored yet are run.
+Accuracy right after substitution, after 1 and after 5 epochs of fine-tuning (the same settings for all). A ROW is
+OPERATOR (from the trained weights) or OPERATOR/noise; without any, all that are not stored yet are run. `operators.py
+latency` times all operators and the base in one go for each runtime: do it when nothing else runs.
 """
 
 from __future__ import annotations
@@ -9,25 +10,34 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from common import RESULTS, cifar, compress, record
 from torch import nn
 
+from compress.measure import latency
 from compress.stage import Edit
 from compress.task import Task, Work
 
-# Three budgets: a ninth of the 3x3 weights and a little, a third, four ninths.
 OPERATORS = {
-    "shift-1": "compress.stages.Shift,taps:1",
-    "shift-3": "compress.stages.Shift,taps:3",
-    "shift-4": "compress.stages.Shift,taps:4",
-    "separable-1": "compress.stages.Separable,multiplier:1",
-    "separable-3": "compress.stages.Separable,multiplier:3",
+    "shift-3": "Shift,taps:3",
+    "shift-4": "Shift,taps:4",
+    "separable-1": "Separable,multiplier:1",
+    "separable-3": "Separable,multiplier:3",
+    "shift-1": "Shift,taps:1",
+    "grouped-3": "Shift,taps:3,places:grouped",
+    "random-3": "Shift,taps:3,places:random",
+    "active-3": "Shift,taps:3,learn:true,quantize:false",
+    "fire": "Fire,squeeze:0.5,pct3:0.5",
+    "fire-3x3": "Fire,squeeze:0.3,pct3:1",
+    "invert-1": "Invert,expansion:1",
+    "group-2": "Group,groups:2",
+    "group-4": "Group,groups:4",
 }
 EPOCHS = (1, 5)
+CONTEXT: dict[str, Any] = {"model": "resnet20", "data": "CIFAR-10, 10,000 test images", "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -44,42 +54,63 @@ class FromNoise:
         return Edit(model)
 
 
-def measured(operator: str, start: str, folder: Path) -> dict[str, Any]:
+def substitution(operator: str, more: str = "") -> str:
+    return f"+stages.substitute={{_target_:compress.stages.{OPERATORS[operator]},exclude:[conv1]{more}}}"
+
+
+def trained(operator: str, start: str, folder: Path) -> dict[str, Any]:
+    """Accuracies of one row; the substitution is done once, and found by the second run."""
     noise = ["+stages.noise={_target_:operators.FromNoise}"] if start == "noise" else []
-    substituted = [f"+stages.substitute={{_target_:{OPERATORS[operator]},exclude:[conv1]}}", *noise, *cifar()]
-    row: dict[str, Any] = {"operator": operator, "setting": OPERATORS[operator].rpartition(",")[2], "start": start}
+    row: dict[str, Any] = {"operator": operator, "setting": OPERATORS[operator], "start": start}
     for epochs in EPOCHS:
         recover = f"+stages.recover={{_target_:compress.stages.FineTune,epochs:{epochs},distill:0.5}}"
-        last = epochs == EPOCHS[-1] and start == "trained"
-        report, _ = compress(folder, *substituted, recover, f"measure={'ends' if last else 'none'}")
+        report, _ = compress(folder, substitution(operator), *noise, *cifar(), recover, "measure=none")
         rows = {line["name"]: line for line in report["rows"]}
-        row |= {f"top1_{epochs}": rows["recover"]["accuracy"]["top1"]}
+        after = rows["recover"]["accuracy"]
+        row |= {f"top1_{epochs}": after["top1"], f"interval_{epochs}": [after["low"], after["high"]]}
         row |= {name: rows["result"][name] for name in ("params", "macs")}
         row["top1_0"] = rows["noise" if noise else "substitute"]["accuracy"]["top1"]
-        if last:
-            report_torch, _ = compress(folder, *substituted, recover, "target=torch")
-            row["latency"] = {
-                target: {key: content["rows"][-1]["latency"][key] for key in ("ratio", "ratio_low", "ratio_high")}
-                for target, content in (("onnxruntime", report), ("torch", report_torch))
-            }
     return row
 
 
+def timed() -> None:
+    """Time depends on no weight's value, so the networks are substituted on a few images and not trained."""
+    measured: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for operator in OPERATORS:
+            out = f"out={folder / operator}"
+            compress(folder, substitution(operator, ",images:64"), *cifar(), "measure=none", "export=[onnx,pt2]", out)
+        whole = Path(name) / "base"
+        compress(folder, substitution("shift-3", ",taps:9,images:64"), *cifar(), "measure=none", "export=[onnx,pt2]")
+        from torch import zeros
+
+        for target, suffix in (("onnxruntime", ".onnx"), ("torch", ".pt2")):
+            paths = {"base": whole / f"model{suffix}"}
+            paths |= {operator: folder / operator / f"model{suffix}" for operator in OPERATORS}
+            measured[target] = {k: asdict(v) for k, v in latency(paths, zeros(2, 3, 32, 32), target=target).items()}
+    rows = [
+        {"operator": name, **{target: times[name] for target, times in measured.items()}}
+        for name in ("base", *OPERATORS)
+    ]
+    record("operators_latency", rows, "operators", **CONTEXT)
+
+
 def main() -> None:
+    if sys.argv[1:] == ["latency"]:
+        return timed()
     file = RESULTS / "operators.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-    wanted = sys.argv[1:] or list(OPERATORS)
-    for start in ("trained", "noise"):
-        for operator in wanted:
-            known = any((row["operator"], row["start"]) == (operator, start) for row in rows)
-            if operator not in OPERATORS:
-                sys.exit(f"{operator!r} is not one of {', '.join(OPERATORS)}")
-            if known and not sys.argv[1:]:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                row = measured(operator, start, Path(folder))
-            rows = [r for r in rows if (r["operator"], r["start"]) != (operator, start)] + [row]
-            record("operators", rows, model="resnet20", data="CIFAR-10, 10,000 test images", seed=0)
+    known = {(row["operator"], row["start"]) for row in rows}
+    every = [(operator, start) for start in ("trained", "noise") for operator in OPERATORS]
+    named = [(name.partition("/")[0], name.partition("/")[2] or "trained") for name in sys.argv[1:]]
+    for operator, start in named or [row for row in every if row not in known]:
+        if (operator, start) not in every:
+            sys.exit(f"{operator}/{start} is not one of {', '.join('/'.join(row) for row in every)}")
+        with tempfile.TemporaryDirectory() as folder:
+            row = trained(operator, start, Path(folder))
+        rows = [r for r in rows if (r["operator"], r["start"]) != (operator, start)] + [row]
+        record("operators", rows, **CONTEXT)
 
 
 if __name__ == "__main__":

@@ -112,18 +112,18 @@ class _Place:
         """For stages that no store keeps; gone when the run ends well."""
         return self.folder / UNFINISHED
 
-    def outcome(self, name: str, stage: Stage, model: nn.Module, task: Task, key: str) -> Done:
+    def outcome(self, lineage: str, stage: Stage, model: nn.Module, task: Task, key: str) -> Done:
         """What a stage makes of the model: from the store where it is there, else by doing it."""
         with store.entry(self.cache, self.scratch, key, self.build) as entry:
             found = entry.load() if self.cache is not None else None
             if found is None:
                 started = time.perf_counter()
                 torch.manual_seed(task.seed)
-                work = Work(entry.work, key, self.display, self.target)
+                work = Work(entry.work, lineage, self.display, self.target)
                 try:
                     edit = stage(model.to(task.device), task, work)
                 except (UserError, TrainingError) as error:
-                    where = "model.train" if name == "base" else f"stages.{name}"
+                    where = "model.train" if lineage == "base" else f"stages.{lineage.rpartition('/')[2]}"
                     raise type(error)(f"`{where}`: {error}") from error
                 found = entry.keep(Done(edit, key, time.perf_counter() - started, False), task.input)
             return found.on(task.device)
@@ -184,15 +184,16 @@ def _carry_out(
     rows = [row("base", None if given or train is None else store.described(train), done, first, first, task)]
     hits = [] if given else [{"stage": "base", "key": done.key, "hit": done.hit}]
     timed = {"base": teacher} if which != "none" else {}
-    base_key = done.key
+    base_key, lineage = done.key, "base"
     if place.build is not None:
         rows[0] |= {"bytes": place.save(teacher, "base.safetensors", task, "training"), "file": "base.safetensors"}
 
     for name, stage in stages.items():
         what = store.described(stage)
         timing = place.target if getattr(stage, "gate", "none") == "latency" else None  # then the target decides too
-        key = store.key(done.key, [what, store.code_of(type(stage)), timing], task)
-        done = place.outcome(name, stage, done.edit.model, task, key)
+        lineage = f"{lineage}/{name}"
+        key = store.key(done.key, [what, store.code_of(type(stage)), timing, lineage], task)
+        done = place.outcome(lineage, stage, done.edit.model, task, key)
         hits.append({"stage": name, "key": done.key, "hit": done.hit})
         rows.append(row(name, what, done, answers(done.edit.model, task, place.display, name), first, task))
         if which == "all":

@@ -80,14 +80,18 @@ class Silent:
 
 @dataclass(frozen=True)
 class Work:
-    """A folder of the stage's own, which survives a killed run; the stage's key; a progress display; the target."""
+    """What a stage has to work with beside the model and the task.
+
+    `folder` is its own and survives a killed run. `lineage` holds the names of the stages up to this one; random
+    numbers follow from it, so that they stay the same when settings or code change. `target` is the runtime to serve.
+    """
 
     folder: Path
-    key: str = ""
+    lineage: str = ""
     progress: Progress = field(default_factory=Silent)
     target: str = "onnxruntime"
 
     def seed(self, base: int, *salt: int | str) -> int:
-        """A seed that follows from (the run's seed, the stage's key, `salt`) alone, not from what ran before."""
-        text = "/".join(str(part) for part in (base, self.key, *salt))
+        """A seed that follows from (the run's seed, the stages' names, `salt`) alone, not from what was drawn before."""
+        text = "/".join(str(part) for part in (base, self.lineage, *salt))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

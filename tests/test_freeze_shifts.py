@@ -36,7 +36,7 @@ def test_frozen_layers_compute_the_same_and_move_no_more(quantize: bool, tmp_pat
     assert [site.after is not None for site in edit.sites] == [True, True]
     torch.testing.assert_close(edit.model(task.example), expected)
     before = [edit.model[i].displacement.clone() for i in (0, 1)]
-    trained = FineTune(epochs=1, lr=0.05)(edit.model, task, Work(tmp_path, key="k")).model
+    trained = FineTune(epochs=1, lr=0.05)(edit.model, task, Work(tmp_path, lineage="k")).model
     assert all(torch.equal(trained[i].displacement, old) for i, old in enumerate(before))
 
 

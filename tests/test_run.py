@@ -95,7 +95,7 @@ def test_laws_of_stages(name: str, tmp_path: Path) -> None:
         model = named(build[0])(**build[1]).eval()
         seen = {n for n, m in model.named_modules() if type(m) in getattr(stage, "kinds", ())}
         (tmp_path / str(number)).mkdir()
-        edit = stage(model, task, Work(tmp_path / str(number), key="k"))
+        edit = stage(model, task, Work(tmp_path / str(number), lineage="k"))
         assert edit.model(task.example).shape == (2, 3)
         assert seen <= {site.name for site in edit.sites}
         assert all(site.after is not None or site.why for site in edit.sites)

@@ -34,7 +34,7 @@ def state(trained: nn.Module) -> bytes:
 
 
 def test_equals_a_bare_loop(tmp_path: Path) -> None:
-    task, work = noise_task(), Work(tmp_path, key="k")
+    task, work = noise_task(), Work(tmp_path, lineage="k")
     settings = FineTune(epochs=2, lr=0.1, warmup_epochs=0.0, weight_decay=0.01, clip=1.0, label_smoothing=0.1)
     mine, bare = model(), model().to(memory_format=torch.channels_last)
     trained, history = fit(mine, task, work, settings)
@@ -91,11 +91,11 @@ def test_killed_and_resumed_ends_in_the_same_bytes(settings: FineTune, at: int, 
     task = replace(noise_task(), precision="bfloat16", teacher=model(seed=3).eval())
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-    whole, history = fit(model(), task, Work(tmp_path / "a", key="k"), settings)
+    whole, history = fit(model(), task, Work(tmp_path / "a", lineage="k"), settings)
     broken = replace(task, train=Breaks(task.train, at))
     with pytest.raises(Killed):
-        fit(model(), broken, Work(tmp_path / "b", key="k"), settings)
-    again, later = fit(model(), task, Work(tmp_path / "b", key="k"), settings)
+        fit(model(), broken, Work(tmp_path / "b", lineage="k"), settings)
+    again, later = fit(model(), task, Work(tmp_path / "b", lineage="k"), settings)
     assert state(again) == state(whole)
     assert [r["loss"] for r in later] == [r["loss"] for r in history]
 
@@ -106,7 +106,7 @@ def test_what_ran_before_does_not_matter(tmp_path: Path) -> None:
         (tmp_path / str(number)).mkdir()
         net = model()
         torch.rand(drawn)
-        ended.append(state(fit(net, noise_task(), Work(tmp_path / str(number), key=key), FineTune(epochs=1))[0]))
+        ended.append(state(fit(net, noise_task(), Work(tmp_path / str(number), lineage=key), FineTune(epochs=1))[0]))
     assert ended[0] == ended[1] != ended[2]
 
 
@@ -121,7 +121,7 @@ def test_training_that_turns_to_nan_says_where_and_keeps_the_last_good_state(tmp
             self.left -= 1
 
     with pytest.raises(TrainingError, match=r"the loss became nan in epoch 2, step 2; the state after epoch 1 is kept"):
-        fit(model(), replace(task, train=Poisoned(good, 1)), Work(tmp_path, key="k"), FineTune(epochs=3))
+        fit(model(), replace(task, train=Poisoned(good, 1)), Work(tmp_path, lineage="k"), FineTune(epochs=3))
     with safe_open(tmp_path / "state.safetensors", "pt") as file:
         assert json.loads(file.metadata()["run"])["epochs"] == 1
         assert all(bool(file.get_tensor(name).isfinite().all()) for name in file.keys())  # noqa: SIM118 - no dict
