@@ -1,9 +1,10 @@
-"""A published active-shift network, AS-ResNet-w32, in whole pixels, no training: what each way of rounding it costs.
+"""A published active-shift network, AS-ResNet-w32, in whole pixels: what each way costs, before and after distillation.
 
 The cosine of the centred logits with those of the float network on two photographs and their mirror images, and top-1
 among 1000 classes on the 500 validation images of imagenette-mini (10 of ImageNet's classes). What is solved for is
 solved for on training images of these ten classes, which the network thereby comes to prefer: top-1 flatters it, and
-the photographs, which show other classes, do not.
+the photographs, which show other classes, do not. Distillation learns the float network's answers to the same training
+images, without labels.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from compress.measure import accuracy, paired
 from compress.models import as_resnet_w32
 from compress.models.weights import load_weights, read_weights
 from compress.nn.displace import Shift2d
-from compress.stages import ConvertShift
+from compress.stages import ConvertShift, FineTune
 from compress.surgery import layers
 from compress.task import Task, Work
 from compress.train import logits
@@ -32,6 +34,7 @@ CLASSES = dict(n01440764=0, n02102040=217, n02979186=482, n03000684=491, n030280
 CLASSES |= dict(n03394916=566, n03417042=569, n03425413=571, n03445777=574, n03888257=701)
 INPUT = {"order": "bgr", "scale": 1.0, "mean": [103.94, 116.78, 123.68], "std": [1 / 0.017352] * 3}
 IMAGES = 256  # that the convolutions are solved on
+RECOVER = FineTune(epochs=2, lr=0.005, distill=1.0, batch_norm="frozen")
 
 
 def rounded(chosen: Callable[[Shift2d], bool]) -> Callable[[nn.Module, Task], nn.Module]:
@@ -54,6 +57,16 @@ def converted(**settings: Any) -> Callable[[nn.Module, Task], nn.Module]:
     return convert
 
 
+def distilled(**settings: Any) -> Callable[[nn.Module, Task], nn.Module]:
+    def convert(model: nn.Module, task: Task) -> nn.Module:
+        task = replace(task, teacher=copy.deepcopy(model))
+        model = converted(**settings)(model, task)
+        with tempfile.TemporaryDirectory() as path:
+            return RECOVER(model, task, Work(Path(path))).model
+
+    return convert
+
+
 VARIANTS: dict[str, Callable[[nn.Module, Task], nn.Module]] = {
     "float": lambda model, task: model,
     "all rounded": rounded(lambda layer: True),
@@ -63,6 +76,9 @@ VARIANTS: dict[str, Callable[[nn.Module, Task], nn.Module]] = {
     "strided pooled, others bilinear, refit": converted(others="keep"),
     "strided pooled, others rounded": converted(refit=False),
     "strided pooled, others rounded, refit": converted(),
+    "strided pooled, others bilinear, distilled": distilled(others="keep", refit=False),
+    "strided pooled, others rounded, distilled": distilled(refit=False),
+    "strided pooled, others rounded, refit, distilled": distilled(),
 }
 
 
@@ -98,5 +114,10 @@ for name, convert in VARIANTS.items():
     rows.append({"variant": name, "cosine": round(float(cosine), 4), **accuracy(int(right.sum()), len(right))})
     rows[-1]["paired"] = paired(float_right, right)
     rows[-1]["whole_pixel_layers"] = sum(bool(layer.integer) for layer in layers(model, (Shift2d,)).values())
-context = {"model": "AS-ResNet-w32", "data": "imagenette-mini val, 500 images", "calibration_images": IMAGES}
+context = {
+    "model": "AS-ResNet-w32",
+    "recover": asdict(RECOVER),
+    "data": "imagenette-mini val, 500 images",
+    "calibration_images": IMAGES,
+}
 record("as_resnet", rows, **context, golden_max_abs=float(off.abs().max()))

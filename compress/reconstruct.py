@@ -8,7 +8,7 @@ original layer had in the original network. Errors of earlier layers are thereby
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,33 +107,68 @@ class Normal:
     bias: bool
 
 
-def normal_equations(layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], images: int, bias: bool) -> Normal:
-    """Gather the normal equations that fit a convolution of this geometry to (input, wanted output) pairs.
+class Equations:
+    """Gathers the normal equations that fit a convolution of `layer`'s geometry to (input, wanted output) pairs.
 
-    Of every pair a fixed random choice of output positions is used, so that about `ROWS` rows come together.
+    Of every pair a fixed random choice of output positions is used, so that about `ROWS` rows come together over
+    `images` images. With `bias` a constant joins the features.
     """
-    gram = cross = power = None
-    generator = torch.Generator().manual_seed(0)
-    for x, y in pairs:
+
+    def __init__(self, layer: nn.Conv2d, images: int, bias: bool) -> None:
+        self.layer, self.bias = layer, bias
+        self.wanted = max(1, math.ceil(ROWS / images))
+        self.generator = torch.Generator().manual_seed(0)
+        self.parts: list[Tensor] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in one batch: the layer's input (N, C, H, W) and the output wanted for it."""
+        layer = self.layer
         rows = F.unfold(_padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)  # N, C * P, L
         targets = y.flatten(2)
         positions = rows.shape[-1]
-        wanted = max(1, math.ceil(ROWS / images))
-        if wanted < positions:
-            chosen = torch.randperm(positions, generator=generator)[:wanted].to(x.device)
+        if self.wanted < positions:
+            chosen = torch.randperm(positions, generator=self.generator)[: self.wanted].to(x.device)
             rows, targets = rows[..., chosen], targets[..., chosen]
         a = _by_group(rows, layer.groups)
         b = _by_group(targets, layer.groups)
-        if bias:
+        if self.bias:
             a = torch.cat((a, a.new_ones(a.shape[0], 1, a.shape[2])), 1)
         parts = [part.cpu().double() for part in (a @ a.mT, a @ b.mT, b.square().sum((1, 2)))]
-        if gram is None or cross is None or power is None:
-            gram, cross, power = parts
-        else:
-            gram, cross, power = gram + parts[0], cross + parts[1], power + parts[2]
-    if gram is None or cross is None or power is None:
-        raise ValueError("no pairs to fit to")
-    return Normal(gram, cross, power, bias)
+        self.parts = [mine + more for mine, more in zip(self.parts, parts, strict=True)] if self.parts else parts
+
+    def normal(self) -> Normal:
+        """What has come together."""
+        if not self.parts:
+            raise ValueError("no pairs to fit to")
+        gram, cross, power = self.parts
+        return Normal(gram, cross, power, self.bias)
+
+
+def normal_equations(layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], images: int, bias: bool) -> Normal:
+    """The normal equations that fit a convolution of this geometry to (input, wanted output) pairs; see `Equations`."""
+    equations = Equations(layer, images, bias)
+    for x, y in pairs:
+        equations.add(x, y)
+    return equations.normal()
+
+
+def own_equations(model: nn.Module, found: Mapping[str, nn.Conv2d], images: Sequence[Tensor]) -> dict[str, Normal]:
+    """For each layer the normal equations that its own outputs in `model` are the solution of; in one pass."""
+    total = sum(len(batch) for batch in images)
+    each = {name: Equations(layer, total, layer.bias is not None) for name, layer in found.items()}
+
+    def add(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, inputs, output: each[name].add(inputs[0].detach(), output.detach())
+
+    hooks = [layer.register_forward_hook(add(name)) for name, layer in found.items()]
+    try:
+        with torch.no_grad():
+            for batch in images:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: equations.normal() for name, equations in each.items()}
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:

@@ -40,6 +40,7 @@ SOURCES = (
     "models",
     "data",
     "lower",
+    "allocate.py",
     "gate.py",
     "reconstruct.py",
     "stage.py",

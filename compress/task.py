@@ -92,6 +92,6 @@ class Work:
     target: str = "onnxruntime"
 
     def seed(self, base: int, *salt: int | str) -> int:
-        """A seed that follows from (the run's seed, the stages' names, `salt`) alone, not from what was drawn before."""
+        """A seed that follows from (the run's seed, the stages' names, `salt`), not from what was drawn before."""
         text = "/".join(str(part) for part in (base, self.lineage, *salt))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

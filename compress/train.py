@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from compress.errors import ConfigError, TrainingError
@@ -79,6 +80,9 @@ def fit(model: nn.Module, task: Task, work: Work, settings: FineTune) -> tuple[n
         torch.manual_seed(work.seed(task.seed, "noise", epoch))
         started, total, right, seen = time.perf_counter(), 0.0, 0, 0
         model.train()
+        if settings.batch_norm == "frozen":
+            for norm in (module for module in model.modules() if isinstance(module, _BatchNorm)):
+                norm.eval()
         for step, (x, y) in enumerate(task.train.epoch(work.seed(task.seed, "batches", epoch))):
             loss, correct = run.step(x.to(task.device), y.to(task.device), epoch + step / steps)
             if not math.isfinite(loss):

@@ -138,6 +138,15 @@ def test_displacements_have_their_own_rate_and_penalty(tmp_path: Path) -> None:
     torch.testing.assert_close(layer.displacement, torch.full_like(layer.displacement, 0.5 - 1e-2 * 1.5))
 
 
+def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale(tmp_path: Path) -> None:
+    net = model()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    fit(net, noise_task(), Work(tmp_path), FineTune(epochs=1, batch_norm="frozen"))
+    for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+        assert torch.equal(net.state_dict()[name], before[name])
+    assert not torch.equal(net.state_dict()["1.weight"], before["1.weight"])
+
+
 def test_distillation_alone_follows_the_teacher(tmp_path: Path) -> None:
     teacher = model(seed=5).eval()
     task = replace(noise_task(), teacher=teacher)

@@ -10,8 +10,10 @@ When to use it, and when not. After every stage that costs accuracy. With 1,000 
 Knobs. `epochs`; `lr` (peak; linear warm-up over `warmup_epochs`, then a cosine to zero); `optimizer`: sgd (Nesterov) or
 adamw; `weight_decay` (weights only); `label_smoothing`; `distill`: share of the loss that is the divergence from the
 base's answers at `temperature`; `clip`: bound on the gradient's norm, 0 is off; `average`: decay of a moving average of
-the weights, which is then what is kept, 0 is off; `keep`: last or best (on val). After `Quantize` batch norm is folded
-away, and nothing holds the weights' scale any more: take `lr: 1e-3` or less, and `clip: 1`.
+the weights, which is then what is kept, 0 is off; `keep`: last or best (on val); `batch_norm`: train, or frozen, which
+computes with the stored statistics: for small batches, and for networks whose file has the statistics merged into scale
+and bias (the published Active Shift networks). After `Quantize` batch norm is folded away, and nothing holds the
+weights' scale any more: take `lr: 1e-3` or less, and `clip: 1`.
 
 Measured. Throughput: `benchmarks/throughput.py`.
 
@@ -49,6 +51,7 @@ class FineTune:
     clip: float = 0.0
     average: float = 0.0
     keep: str = "last"
+    batch_norm: str = "train"
 
     kind: ClassVar[str] = "finetune"
 
@@ -72,7 +75,8 @@ class FineTune:
             if not (math.isfinite(value) and low <= value <= high) or (above_zero and value == 0):
                 rule = "above 0" if above_zero else f"between {low:g} and {high:g}" if high < math.inf else "0 or more"
                 problems.append(f"`{name}` (={value}) must be {rule}.")
-        for name, known in (("optimizer", ("sgd", "adamw")), ("keep", ("last", "best"))):
+        choices = {"optimizer": ("sgd", "adamw"), "keep": ("last", "best"), "batch_norm": ("train", "frozen")}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 problems.append(f"`{name}` (={getattr(self, name)}) must be one of {', '.join(known)}.")
         if problems:

@@ -9,13 +9,15 @@ When to use it, and when not. It buys bytes and multiply-adds: `taps` of k*k of 
 with several a runtime computes the dense kernel, and time stays what it was until the weights are quantized. Small
 networks need 3 or 4 taps of 9, and fine-tuning afterwards.
 
-Knobs. `taps`: copies kept of each input channel. `places`: where they start: `data` as above; `grouped`, the fixed
-directions of Wu et al.; `random`, the baseline that learned displacements have to beat. `learn`: train the
-displacements by bilinear interpolation. `quantize`: round them in every forward pass (straight-through gradient), so
-that the layer stays whole-pixel. `l1`: pull them towards zero. `normalize`, `lr_scale`: displacements' gradients of
-length 1 at a hundredth of the learning rate, as Jeon & Kim train them; Chen et al. use false and 1. `images`: how many
-calibration images the start is solved on. `gate`: none, macs, bytes or latency: layers that do not get cheaper by it
-(in time: at least 10 % in the target runtime) are kept.
+Knobs. `taps`: copies kept of each input channel. `budget`: the share of the model's parameters to come down to,
+displacements counted; `taps` is then the most that a layer gets, and how many each one gets is chosen by what fewer are
+measured to do to the network's answers, one layer at a time (0: all get `taps`). `places`: where they start: `data` as
+above; `grouped`, the fixed directions of Wu et al.; `random`, the baseline that learned displacements have to beat.
+`learn`: train the displacements by bilinear interpolation. `quantize`: round them in every forward pass
+(straight-through gradient), so that the layer stays whole-pixel. `l1`: pull them towards zero. `normalize`, `lr_scale`:
+displacements' gradients of length 1 at a hundredth of the learning rate, as Jeon & Kim train them; Chen et al. use
+false and 1. `images`: how many calibration images the start is solved on. `gate`: none, macs, bytes or latency: layers
+that do not get cheaper by it (in time: at least 10 % in the target runtime) are kept.
 
 Measured. See the tables in the README (`benchmarks/shift_start.py`, and `benchmarks/cifar10.py` for the recipe). In a
 short fine-tuning learned displacements hardly ever leave their grid point, since their learning rate is a hundredth of
@@ -28,22 +30,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from compress.allocate import Choice, harm, share_out
 from compress.errors import ConfigError
 from compress.gate import check_gate
 from compress.nn.shift import LEARNING_RATE_SCALE, ShiftConv2d
 from compress.nn.taps import window
-from compress.reconstruct import Normal, eliminate, relative_error, solve_kept
+from compress.reconstruct import Normal, eliminate, own_equations, plain_images, relative_error, solve_kept
 from compress.stage import Edit, Keep
 from compress.substitute import Old, substitute
 from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
 PLACES = ("data", "grouped", "random")
+JUDGES = 256  # images on which fewer taps are judged when a budget is shared out
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Shift:
     """Settings of the stage; see the module's card."""
 
     taps: int = 4
+    budget: float = 0.0
     places: str = "data"
     learn: bool = False
     quantize: bool = True
@@ -73,6 +78,8 @@ class Shift:
         for name, least in (("taps", 1), ("images", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least {least}.")
+        if not 0 <= self.budget < 1:
+            raise ConfigError(f"`budget` (={self.budget}) must be a share of the parameters, below 1; 0 is no budget.")
         for name in ("l1", "lr_scale", "ridge"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -98,33 +105,80 @@ class Shift:
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)
+        shared = self._shared_out(model, task, work) if self.budget else {}
 
         def start(old: Old) -> tuple[nn.Module, float]:
-            return self._start(old, work.seed(task.seed, "places", old.name))
+            taps = shared.get(old.name, self.taps)
+            return self._start(old, taps, work.seed(task.seed, "places", old.name))
 
-        return substitute(model, task, work, self, start, {"taps": self.taps})
+        notes: dict[str, Any] = {"taps": shared or self.taps}
+        return substitute(model, task, work, self, start, notes)
 
-    def _start(self, old: Old, seed: int) -> tuple[nn.Module, float]:
+    def _start(self, old: Old, taps: int, seed: int) -> tuple[nn.Module, float]:
         if math.prod(old.layer.kernel_size) == 1:
             raise Keep("a 1x1 kernel has one position only, so there is nothing to shift")
-        new = self._empty(old.layer)
-        if self.taps == math.prod(old.layer.kernel_size):
+        if taps == math.prod(old.layer.kernel_size):
+            new = self._empty(old.layer, taps)
             copy_kernel(old.layer, new)
             return new, 0.0
+        return self._fitted(old.layer, taps, old.normal(), seed)
+
+    def _fitted(self, layer: nn.Conv2d, taps: int, normal: Normal, seed: int) -> tuple[ShiftConv2d, float]:
+        new = self._empty(layer, taps)
         places = None
         if self.places == "grouped":
-            places = grouped_places(new.in_channels, new.kernel_size, self.taps)
+            places = grouped_places(new.in_channels, new.kernel_size, taps)
         elif self.places == "random":
-            places = random_places(new.in_channels, new.kernel_size, self.taps, seed)
-        return new, fit_shift(new, old.normal(), self.ridge, places)
+            places = random_places(new.in_channels, new.kernel_size, taps, seed)
+        return new, fit_shift(new, normal, self.ridge, places)
 
-    def _empty(self, layer: nn.Conv2d) -> ShiftConv2d:
+    def _shared_out(self, model: nn.Module, task: Task, work: Work) -> dict[str, int]:
+        """Taps for each layer, so that the model comes down to `budget` of its parameters with the least harm."""
+        found = layers(model, self.kinds)
+        reasons = left_out(model, found, self.include, self.exclude)
+        chosen: dict[str, nn.Conv2d] = {
+            name: layer
+            for name, layer in found.items()
+            if isinstance(layer, nn.Conv2d) and not reasons[name] and math.prod(layer.kernel_size) > 1
+        }
+        was_training = model.training
+        model.eval()
+        images = plain_images(task.calibration, self.images, task.device)
+        judges = plain_images(task.calibration, JUDGES, task.device)
+        with torch.no_grad():
+            wanted = [model(x) for x in judges]
+        normals = own_equations(model, chosen, images)
+        choices: dict[str, list[Choice]] = {}
+        work.progress.start("how many taps each layer needs", len(chosen))
+        for name, layer in chosen.items():
+            work.progress.step(name)
+            seed = work.seed(task.seed, "places", name)
+            fitted = [self._fitted(layer, n, normals[name], seed)[0].eval() for n in range(1, self.taps + 1)]
+            choices[name] = [
+                Choice(sum(p.numel() for p in new.parameters()), harm(model, layer, new, judges, wanted))
+                for new in fitted
+            ]
+        work.progress.end()
+        model.train(was_training)
+        before = sum(p.numel() for p in model.parameters())
+        others = before - sum(p.numel() for layer in chosen.values() for p in layer.parameters())
+        try:
+            taken = share_out(choices, int(self.budget * before) - others)
+        except ValueError:
+            least = (others + sum(each[0].cost for each in choices.values())) / before
+            raise ConfigError(
+                f"`budget` (={self.budget}) must be at least {least:.3f}: so much is left of the model's {before:,} "
+                "parameters with one tap everywhere."
+            ) from None
+        return {name: i + 1 for name, i in taken.items()}
+
+    def _empty(self, layer: nn.Conv2d, taps: int) -> ShiftConv2d:
         """A shift layer of the convolution's geometry, on its device, not yet fitted."""
         new = ShiftConv2d(
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
-            self.taps,
+            taps,
             layer.stride,  # type: ignore[arg-type]
             layer.padding,  # type: ignore[arg-type]
             layer.dilation,  # type: ignore[arg-type]
