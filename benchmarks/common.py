@@ -31,14 +31,14 @@ def cifar(model: str = "resnet20") -> list[str]:
     return ["data=cifar10", f"model={model}", f"data.root={root}", f"model.weights={root / 'weights' / weights}"]
 
 
-def compress(folder: Path, *overrides: str) -> tuple[dict[str, Any], float]:
-    """Run `python -m compress` in `folder`; gives back the report and the wall seconds of the whole command."""
+def compress(folder: Path, *overrides: str, out: str = "out") -> tuple[dict[str, Any], float]:
+    """Run `python -m compress` in `folder`, into `folder/out`; gives back the report and the seconds it all took."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "compress", f"out={folder / 'out'}", *overrides]
+    command = [sys.executable, "-m", "compress", f"out={folder / out}", *overrides]
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(Path(__file__).parent))))
     subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr, env=os.environ | {"PYTHONPATH": path})
     seconds = time.perf_counter() - started
-    newest = max(folder.glob("out*/report.json"), key=lambda file: file.stat().st_mtime)
+    newest = max(folder.glob(f"{out}*/report.json"), key=lambda file: file.stat().st_mtime)
     return json.loads(newest.read_text(encoding="utf-8")), seconds
 
 

@@ -14,9 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from common import RESULTS, cifar, compress, record
 from torch import nn
 
+from compress import load
+from compress.lower import export_onnx, export_pt2
 from compress.measure import latency
 from compress.stage import Edit
 from compress.task import Task, Work
@@ -75,24 +78,22 @@ def trained(operator: str, start: str, folder: Path) -> dict[str, Any]:
 
 def timed() -> None:
     """Time depends on no weight's value, so the networks are substituted on a few images and not trained."""
-    measured: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = [{"operator": name} for name in ("base", *OPERATORS)]
+    example = torch.zeros(2, 3, 32, 32)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for operator in OPERATORS:
-            out = f"out={folder / operator}"
-            compress(folder, substitution(operator, ",images:64"), *cifar(), "measure=none", "export=[onnx,pt2]", out)
-        whole = Path(name) / "base"
-        compress(folder, substitution("shift-3", ",taps:9,images:64"), *cifar(), "measure=none", "export=[onnx,pt2]")
-        from torch import zeros
-
+            settings = (*cifar(), "measure=none", "export=[onnx,pt2]")
+            compress(folder, substitution(operator, ",images:64"), *settings, out=operator)
+        base = load(folder / next(iter(OPERATORS)) / "base.safetensors")
+        (folder / "base").mkdir()
+        export_onnx(base, example, folder / "base" / "model.onnx", input={})
+        export_pt2(base, example, folder / "base" / "model.pt2")
         for target, suffix in (("onnxruntime", ".onnx"), ("torch", ".pt2")):
-            paths = {"base": whole / f"model{suffix}"}
-            paths |= {operator: folder / operator / f"model{suffix}" for operator in OPERATORS}
-            measured[target] = {k: asdict(v) for k, v in latency(paths, zeros(2, 3, 32, 32), target=target).items()}
-    rows = [
-        {"operator": name, **{target: times[name] for target, times in measured.items()}}
-        for name in ("base", *OPERATORS)
-    ]
+            paths = {row["operator"]: folder / row["operator"] / f"model{suffix}" for row in rows}
+            measured = latency(paths, example, target=target)
+            for row in rows:
+                row[target] = asdict(measured[row["operator"]])
     record("operators_latency", rows, "operators", **CONTEXT)
 
 

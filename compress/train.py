@@ -30,6 +30,7 @@ from compress.task import Batches, Task, Work
 if TYPE_CHECKING:
     from compress.stages.finetune import FineTune  # its fields are the settings; it calls `fit`
 
+SCHEDULES = ("cosine", "step")
 History = list[dict[str, Any]]
 
 
@@ -246,9 +247,11 @@ class _Run:
 
 
 def _schedule(epoch: float, settings: FineTune) -> float:
-    """Factor on the learning rate: linear warm-up, then half a cosine down to zero."""
+    """Factor on the learning rate: linear warm-up, then half a cosine down to zero, or two steps down."""
     if epoch < settings.warmup_epochs:
         return (epoch + 1e-2) / settings.warmup_epochs
+    if settings.schedule == "step":
+        return 0.1 ** sum(epoch >= share * settings.epochs for share in (0.5, 0.75))
     left = max(settings.epochs - settings.warmup_epochs, 1e-9)
     return (1 + math.cos(math.pi * (epoch - settings.warmup_epochs) / left)) / 2
 

@@ -138,6 +138,12 @@ def test_displacements_have_their_own_rate_and_penalty(tmp_path: Path) -> None:
     torch.testing.assert_close(layer.displacement, torch.full_like(layer.displacement, 0.5 - 1e-2 * 1.5))
 
 
+def test_steps_down_after_half_and_three_quarters(tmp_path: Path) -> None:
+    settings = FineTune(epochs=8, schedule="step", warmup_epochs=0.0, lr=0.1)
+    _, history = fit(model(), noise_task(), Work(tmp_path), settings)
+    assert [record["lr"] for record in history] == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
 def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale(tmp_path: Path) -> None:
     net = model()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
