@@ -7,13 +7,15 @@ gave there, return the new layer and how far its output is off, or raise `Keep`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from compress.gate import Gate
+from compress.errors import ConfigError
+from compress.gate import Gate, check_gate
 from compress.reconstruct import Normal, Pairs, execution_order, normal_equations, plain_images, seen_by
 from compress.stage import Edit
 from compress.surgery import layers, swap
@@ -27,6 +29,9 @@ class Settings(Protocol):
     def images(self) -> int: ...
 
     @property
+    def ridge(self) -> float: ...
+
+    @property
     def gate(self) -> str: ...
 
     @property
@@ -34,6 +39,16 @@ class Settings(Protocol):
 
     @property
     def exclude(self) -> list[str]: ...
+
+
+def check_settings(settings: Settings, **least: int) -> None:
+    """Raise `ConfigError` for settings in common that make no sense, and for others (by name) below their least."""
+    check_gate(settings.gate)
+    for name, low in {**least, "images": 1}.items():
+        if getattr(settings, name) < low:
+            raise ConfigError(f"`{name}` (={getattr(settings, name)}) must be at least {low}.")
+    if not (math.isfinite(settings.ridge) and settings.ridge >= 0):
+        raise ConfigError(f"`ridge` (={settings.ridge}) must be a finite number, 0 or more.")
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def test_layers_that_are_too_thin_are_named() -> None:
         ({"pct3": 0.0}, r"`pct3` \(=0.0\) must be above 0 and at most 1"),
         ({"pct3": 1.5}, r"`pct3` \(=1.5\) must be above 0 and at most 1"),
         ({"images": 0}, r"`images` \(=0\) must be at least 1"),
-        ({"ridge": -1.0}, r"`ridge` \(=-1.0\) must be a finite number above 0"),
+        ({"ridge": -1.0}, r"`ridge` \(=-1.0\) must be a finite number, 0 or more"),
         ({"gate": "time"}, r"`gate` \(='time'\) must be one of none, macs"),
     ],
 )

@@ -125,7 +125,7 @@ def test_reasons() -> None:
         ({"groups": 0}, r"`groups` \(=0\) must be at least 1"),
         ({"images": 0}, r"`images` \(=0\) must be at least 1"),
         ({"shuffle": "random"}, r"`shuffle` \(='random'\) must be one of data, fixed"),
-        ({"ridge": math.nan}, r"`ridge` \(=nan\) must be a finite number above 0"),
+        ({"ridge": math.nan}, r"`ridge` \(=nan\) must be a finite number, 0 or more"),
         ({"gate": "time"}, r"`gate` \(='time'\) must be one of none, macs"),
     ],
 )

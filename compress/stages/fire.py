@@ -33,12 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ConfigError
-from compress.gate import check_gate
 from compress.nn.fire import Fire as FireModule
 from compress.nn.fire import middle
 from compress.reconstruct import Normal, normal_equations, seen_by, solve
 from compress.stage import Edit, Keep
-from compress.substitute import Old, substitute
+from compress.substitute import Old, check_settings, substitute
 from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
@@ -59,15 +58,11 @@ class Fire:
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
     def __post_init__(self) -> None:
-        check_gate(self.gate)
+        check_settings(self)
         if not (math.isfinite(self.squeeze) and self.squeeze > 0):
             raise ConfigError(f"`squeeze` (={self.squeeze}) must be a finite number above 0.")
         if not 0 < self.pct3 <= 1:
             raise ConfigError(f"`pct3` (={self.pct3}) must be above 0 and at most 1.")
-        if self.images < 1:
-            raise ConfigError(f"`images` (={self.images}) must be at least 1.")
-        if not (math.isfinite(self.ridge) and self.ridge > 0):
-            raise ConfigError(f"`ridge` (={self.ridge}) must be a finite number above 0.")
 
     def check(self, model: nn.Module) -> None:
         """Raise `ConfigError` for patterns that match nothing, and for layers of which a part would have no channel."""

@@ -30,11 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ConfigError
-from compress.gate import check_gate
 from compress.nn.grouped import GroupedConv2d
 from compress.reconstruct import Normal, relative_error, solve
 from compress.stage import Edit, Keep
-from compress.substitute import Old, substitute
+from compress.substitute import Old, check_settings, substitute
 from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
@@ -57,14 +56,9 @@ class Group:
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
     def __post_init__(self) -> None:
-        check_gate(self.gate)
-        for name in ("groups", "images"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
+        check_settings(self, groups=1)
         if self.shuffle not in SHUFFLES:
             raise ConfigError(f"`shuffle` (={self.shuffle!r}) must be one of {', '.join(SHUFFLES)}.")
-        if not (math.isfinite(self.ridge) and self.ridge > 0):
-            raise ConfigError(f"`ridge` (={self.ridge}) must be a finite number above 0.")
 
     def check(self, model: nn.Module) -> None:
         """Raise `ConfigError` for patterns that match nothing."""

@@ -32,12 +32,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ConfigError
-from compress.gate import check_gate
 from compress.nn.inverted import InvertedConv2d
 from compress.reconstruct import Normal, fit_convolution, normal_equations, seen_by, solve
 from compress.stage import Edit, Keep
-from compress.substitute import Old, substitute
+from compress.substitute import Old, check_settings, substitute
 from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
@@ -58,12 +56,7 @@ class Invert:
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
     def __post_init__(self) -> None:
-        check_gate(self.gate)
-        for name in ("expansion", "images"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
-        if not (math.isfinite(self.ridge) and self.ridge > 0):
-            raise ConfigError(f"`ridge` (={self.ridge}) must be a finite number above 0.")
+        check_settings(self, expansion=1)
 
     def check(self, model: nn.Module) -> None:
         """Raise `ConfigError` for patterns that match nothing."""

@@ -32,11 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ConfigError
-from compress.gate import check_gate
 from compress.nn.separable import SeparableConv2d
 from compress.reconstruct import Normal, relative_error
 from compress.stage import Edit, Keep
-from compress.substitute import Old, substitute
+from compress.substitute import Old, check_settings, substitute
 from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
@@ -60,12 +59,7 @@ class Separable:
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
     def __post_init__(self) -> None:
-        check_gate(self.gate)
-        for name, least in (("multiplier", 1), ("rounds", 0), ("images", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least {least}.")
-        if not (math.isfinite(self.ridge) and self.ridge >= 0):
-            raise ConfigError(f"`ridge` (={self.ridge}) must be a finite number, 0 or more.")
+        check_settings(self, multiplier=1, rounds=0)
 
     def check(self, model: nn.Module) -> None:
         """Raise `ConfigError` for patterns that match nothing, and for kernels of fewer positions than `multiplier`."""

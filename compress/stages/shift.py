@@ -37,12 +37,11 @@ from torch import Tensor, nn
 
 from compress.allocate import Choice, harm, share_out
 from compress.errors import ConfigError
-from compress.gate import check_gate
 from compress.nn.shift import LEARNING_RATE_SCALE, ShiftConv2d
 from compress.nn.taps import window
 from compress.reconstruct import Normal, eliminate, own_equations, plain_images, relative_error, solve_kept
 from compress.stage import Edit, Keep
-from compress.substitute import Old, substitute
+from compress.substitute import Old, check_settings, substitute
 from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
@@ -72,15 +71,12 @@ class Shift:
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
     def __post_init__(self) -> None:
-        check_gate(self.gate)
+        check_settings(self, taps=1)
         if self.places not in PLACES:
             raise ConfigError(f"`places` (={self.places!r}) must be one of {', '.join(PLACES)}.")
-        for name, least in (("taps", 1), ("images", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least {least}.")
         if not 0 <= self.budget < 1:
             raise ConfigError(f"`budget` (={self.budget}) must be a share of the parameters, below 1; 0 is no budget.")
-        for name in ("l1", "lr_scale", "ridge"):
+        for name in ("l1", "lr_scale"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"`{name}` (={value}) must be a finite number, 0 or more.")
