@@ -116,7 +116,7 @@ def test_a_separable_convolution_is_found_again(sign: str, clip6: bool, tmp_path
     [
         ({"expansion": 0}, r"`expansion` \(=0\) must be at least 1"),
         ({"images": 0}, r"`images` \(=0\) must be at least 1"),
-        ({"ridge": 0.0}, r"`ridge` \(=0.0\) must be a finite number, 0 or more"),
+        ({"ridge": -1.0}, r"`ridge` \(=-1.0\) must be a finite number, 0 or more"),
         ({"gate": "time"}, r"`gate` \(='time'\) must be one of none, macs"),
     ],
 )
