@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from compress import config, plan
+from compress import config, plan, sweep
 from compress.errors import ConfigError, TrainingError, UserError
 from compress.files import UNFINISHED
+from compress.sweep import Run
 
+_MULTIRUN = {"-m", "--multirun"}
 TRAINING_FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -31,17 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         jobs = compose(given)
         check(jobs)
-        codes = []
-        for number, job in enumerate(jobs, 1):
-            if len(jobs) > 1:
-                print(f"run {number} of {len(jobs)}: {job.command}", file=sys.stderr)
-            codes.append(execute(job))
+        if len(jobs) > 1 or (jobs and _MULTIRUN & set(given)):
+            return carry_out(jobs, "python -m compress " + shlex.join(given))
+        return max((execute(job).code or 0 for job in jobs), default=0)
     except UserError as error:
         return complain(error, BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped.", file=sys.stderr)
         return INTERRUPTED
-    return max(codes, default=0)
 
 
 def compose(arguments: Sequence[str]) -> list[config.Job]:
@@ -85,7 +86,7 @@ def compose(arguments: Sequence[str]) -> list[config.Job]:
             os.environ["HYDRA_FULL_ERROR"] = wanted
     if troubles:
         raise ConfigError("\n".join(dict.fromkeys(troubles)))
-    if not jobs and {"-m", "--multirun"} & set(arguments):
+    if not jobs and _MULTIRUN & set(arguments):
         raise ConfigError("the sweep has no runs: a glob(...) in it matches nothing.")
     return jobs
 
@@ -110,8 +111,26 @@ def check(jobs: Sequence[config.Job]) -> None:
         )
 
 
-def execute(job: config.Job) -> int:
-    """Do one run that has been checked; gives back its exit code."""
+def carry_out(jobs: Sequence[config.Job], command: str) -> int:
+    """Do the runs of a sweep one after another, and the report over them; gives back the worst exit code."""
+    runs = [Run(job.command) for job in jobs]
+    folder = plan.fresh(sweep.home([Path(job.settings["out"]) for job in jobs]))
+    try:
+        for number, job in enumerate(jobs, 1):
+            print(f"run {number} of {len(jobs)}: {job.command}", file=sys.stderr)
+            runs[number - 1] = execute(job)
+            sweep.write(runs, folder, command)
+    finally:
+        (folder / UNFINISHED).rmdir()
+        if any(run.code is not None for run in runs):
+            sweep.show(sweep.write(runs, folder, command), folder)
+        else:
+            folder.rmdir()
+    return max(run.code or 0 for run in runs)
+
+
+def execute(job: config.Job) -> Run:
+    """Do one run that has been checked; gives back how it ended, after complaining where it did not end well."""
     from compress.run import run  # not before the settings are known to be good: it is slow to import
 
     ready = plan.make(job.settings)
@@ -127,23 +146,24 @@ def execute(job: config.Job) -> int:
             export=ready.export,
             target=ready.target,
             measure=ready.measure,
+            forms=ready.forms,
             cache=ready.cache,
             recipe=job.recipe,
             command=job.command,
         )
     except UserError as error:
-        return complain(error, BAD_INPUT)
+        return Run(job.command, complain(error, BAD_INPUT), error=str(error))
     except TrainingError as error:
-        return complain(error, TRAINING_FAILED)
+        return Run(job.command, complain(error, TRAINING_FAILED), error=str(error))
     except OSError as error:
         if error.errno not in _FOLDER_TROUBLE:
             raise
-        return complain(error, BAD_INPUT)
+        return Run(job.command, complain(error, BAD_INPUT), error=str(error))
     finally:
         with suppress(OSError):
             (out / UNFINISHED).rmdir()  # each only where nothing was written
             out.rmdir()
-    return 0
+    return Run(job.command, 0, out)
 
 
 def complain(error: Exception, code: int) -> int:

@@ -6,9 +6,11 @@ import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -20,6 +22,7 @@ from compress import wording
 # Stand-ins that the page's own colours replace, so that plots follow the reader's light or dark mode.
 INK, ACCENT, SECOND = "#010203", "#040506", "#070809"
 VARIABLES = {INK: "var(--ink)", ACCENT: "var(--accent)", SECOND: "var(--second)"}
+KILOBYTES = "kB of the file (1000 bytes)"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compress",
@@ -38,18 +41,8 @@ STYLE: dict[Any, Any] = {
 
 def render(result: Mapping[str, Any]) -> str:
     """The page for a result; the same result gives the same text."""
-    environment = Environment(
-        loader=PackageLoader("compress"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for function in (wording.exact, wording.short, wording.percent, wording.parity_text, wording.seconds_text):
-        environment.filters[function.__name__] = function
-    environment.filters["pretty"] = _pretty
     rows = result["rows"]
-    return environment.get_template("report.html.j2").render(
+    return _template("report.html.j2").render(
         result=result,
         title=wording.title(result),
         headline=headline(rows),
@@ -61,6 +54,64 @@ def render(result: Mapping[str, Any]) -> str:
             i: Markup(training_curves(row["history"], f"h{i}")) for i, row in enumerate(rows) if row.get("history")
         },
     )
+
+
+def render_sweep(result: Mapping[str, Any], title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """The page for a sweep (see sweep.py), with `cells` as its table; links lead to the runs' own pages."""
+    rows, base = result["rows"], result["base"]
+    placed = [({"run": "base", "front": False} | base, "base")] if base else []
+    placed += [(row, _called(row)) for row in rows]
+    sizes = [
+        Point(row["bytes"] / 1000, row["accuracy"], name, base=row["run"] == "base", joined=row["front"])
+        for row, name in placed
+        if row["accuracy"] and row["bytes"]
+    ]
+    zeros = [
+        Point(100 * counts["zero"] / counts["all"], row["accuracy"], _called(row), joined=True)
+        for row in rows
+        if (counts := row["displacements"]) and row["accuracy"]
+    ]
+    return _template("sweep.html.j2").render(
+        result=result,
+        title=title,
+        columns=columns,
+        lines=list(zip(([{"folder": None}] if base else []) + rows, cells, strict=True)),
+        trade=Markup(accuracy_over(sizes, KILOBYTES, "trade")),
+        zeros=Markup(accuracy_over(zeros, "displacements that are zero, %", "zeros")),
+    )
+
+
+def _called(row: Mapping[str, Any]) -> str:
+    """What a plot calls a run: "l1=0.001" where that is short, else "run 3"."""
+    values = [f"{key.rpartition('.')[2]}={value}" for key, value in row["overrides"].items()]
+    return values[0] if len(values) == 1 and len(values[0]) <= 16 else f"run {row['run']}"
+
+
+def _address(folder: str) -> str:
+    """The address of a run's page, for a link."""
+    return f"{quote(folder)}/report.html"
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("compress"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for function in (
+        wording.exact,
+        wording.short,
+        wording.percent,
+        wording.parity_text,
+        wording.forms_text,
+        wording.seconds_text,
+        wording.displacements_text,
+    ):
+        environment.filters[function.__name__] = function
+    environment.filters |= {"pretty": _pretty, "address": _address}
+    return environment.get_template(name)
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
@@ -96,6 +147,12 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
         if base.get("energy_uj") is not None:
             against += f"; base {base['energy_uj']:.3g} µJ"
         found.append(("Energy, an estimate", f"{last['energy_uj']:.3g} µJ", against))
+    if last.get("displacements"):
+        counts = last["displacements"]
+        against = f"{counts['zero']:,} of {counts['all']:,} copies of channels stay where they are"
+        if counts["empty"]:
+            against += f"; {counts['empty']:,} of them have no weight"
+        found.append(("Zero displacements", wording.zeros_text(counts), against))
     return found
 
 
@@ -105,30 +162,50 @@ def _times(base: Mapping[str, Any], last: Mapping[str, Any], key: str) -> str:
 
 def accuracy_by_bytes(rows: Sequence[Mapping[str, Any]]) -> str:
     """Top-1 with its interval over bytes of the row's file, as SVG; "" where fewer than two rows have both."""
-    points = [row for row in rows if row.get("accuracy") and row.get("bytes")]
+    taken = [row for row in rows if row.get("accuracy") and row.get("bytes")]
+    points = [Point(row["bytes"] / 1000, row["accuracy"], row["name"], row is taken[0]) for row in taken]
+    return accuracy_over(points, KILOBYTES, "trade")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network in a plot: where it stands, its accuracy as a report has it, what it is called."""
+
+    x: float
+    accuracy: Mapping[str, float]
+    name: str
+    base: bool = False
+    joined: bool = False
+
+
+def accuracy_over(points: Sequence[Point], label: str, prefix: str) -> str:
+    """Top-1 with its interval over what `label` says, as SVG; "" for fewer than two points. A line joins some."""
     if len(points) < 2:
         return ""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for i, row in enumerate(points):
-            a, size = row["accuracy"], row["bytes"] / 1000
+        line = sorted((point.x, point.accuracy["top1"]) for point in points if point.joined)
+        axes.plot([x for x, _ in line], [y for _, y in line], "-", color=ACCENT, linewidth=0.6)
+        for i, point in enumerate(points):
+            a = point.accuracy
             span = [[a["top1"] - a["low"]], [a["high"] - a["top1"]]]
-            colour = SECOND if row is points[0] else ACCENT
-            axes.errorbar([size], [a["top1"]], yerr=span, fmt="o", color=colour, capsize=3, linewidth=1)
+            colour = SECOND if point.base else ACCENT
+            axes.errorbar([point.x], [a["top1"]], yerr=span, fmt="o", color=colour, capsize=3, linewidth=1)
             above = i % 2 == 0
             axes.annotate(
-                row["name"],
-                (size, a["top1"]),
+                point.name,
+                (point.x, a["top1"]),
                 xytext=(6, 5 if above else -5),
                 textcoords="offset points",
                 va="bottom" if above else "top",
             )
-        axes.set_xlabel("kB of the file (1000 bytes)")
+        axes.set_xlabel(label)
         axes.set_ylabel("top-1 on test, %")
+        axes.ticklabel_format(useOffset=False)
         axes.margins(x=0.18, y=0.12)
 
-    return _svg(draw, (4.8, 3.0), "trade", "top-1 on test over kB of the file")
+    return _svg(draw, (4.8, 3.0), prefix, f"top-1 on test over {label}")
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], prefix: str) -> str:

@@ -59,30 +59,44 @@ def read(path: Path) -> Json:
 
 def table(result: Mapping[str, Any]) -> Table:
     """The rows of a result as a rich table."""
-    shown = Table(box=box.SIMPLE_HEAD, title=Text(title(result)), title_justify="left", title_style="bold")
-    for name in COLUMNS:
-        shown.add_column(name, justify="left" if name == "step" else "right", no_wrap=True)
-    for line in cells(result["rows"]):
+    return _table(title(result), COLUMNS, cells(result["rows"]))
+
+
+def _table(heading: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, title=Text(heading), title_justify="left", title_style="bold")
+    for i, name in enumerate(columns):
+        shown.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
+    for line in lines:
         shown.add_row(*(Text(cell) for cell in line))
     return shown
 
 
 def show(result: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Print the table and what was written: with rich on a terminal, plain aligned lines elsewhere."""
+    show_lines(title(result), COLUMNS, cells(result["rows"]), remarks(result), stream)
+
+
+def show_lines(
+    heading: str,
+    columns: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    below: Sequence[str],
+    stream: TextIO | None = None,
+) -> None:
+    """Print a table, its first column to the left and the others to the right, and lines of text below it."""
     stream = stream or sys.stdout
     if stream.isatty():
         console = Console(file=stream)
-        console.print(table(result))
-        for line in remarks(result):
+        console.print(_table(heading, columns, lines))
+        for line in below:
             console.print(Text(line))
         return
-    lines = [COLUMNS, *cells(result["rows"])]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    _print(title(result), stream)
-    for texts in lines:
-        parts = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(texts, widths, strict=True))]
+    widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
+    _print(heading, stream)
+    for texts in (columns, *lines):
+        parts = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(texts, widths, strict=True))]
         _print("  ".join(parts).rstrip(), stream)
-    for line in remarks(result):
+    for line in below:
         _print(line, stream)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,9 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress import measure
+from compress.nn.displace import Shift2d
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
+from compress.nn.shift import ShiftConv2d
 from compress.stage import Edit
 from compress.store import Done
+from compress.surgery import kind
 from compress.task import Progress, Task
 from compress.train import divergence, logits
 
@@ -71,6 +75,7 @@ def row(
         "bytes": None,
         "file": None,
         "latency": None,
+        "displacements": displacements(model),
         "energy_uj": measure.energy(profile, *_bits(model)).total_uj,
         "seconds": done.seconds,
         "cached": done.hit,
@@ -83,6 +88,35 @@ def row(
 def plain(model: nn.Module, seconds: float) -> Done:
     """A step that no stage made: the base with its weights, or the result as it loads."""
     return Done(Edit(model), "", seconds, False)
+
+
+def displacements(model: nn.Module) -> dict[str, int] | None:
+    """How many displacements the shift layers hold (`all`), and how many are `zero`; None without such a layer.
+
+    Counted on the network as it is saved. Where displacements are rounded, a zero is one that rounds to zero on both
+    axes, and the copies of a channel that met on one place are the one copy into which they are summed; elsewhere it is
+    exactly zero. A copy whose weights are all zero, as those are that were left over when copies met, moves nothing
+    wherever it stands: such copies are counted in `zero`, and how many there are is `empty`.
+    """
+    found = [module for module in model.modules() if kind(module) in (Shift2d, ShiftConv2d)]
+    if not found:
+        return None
+    counts = {"all": 0, "zero": 0, "empty": 0}
+    for layer in map(copy.deepcopy, found):
+        assert isinstance(layer, Shift2d | ShiftConv2d)
+        layer.eval().settle()
+        moves = layer.displacement.detach().any(-1)
+        empty = ~_carries(layer) if isinstance(layer, ShiftConv2d) else moves.new_zeros(moves.shape)
+        counts["all"] += moves.numel()
+        counts["zero"] += int((~moves | empty).sum())
+        counts["empty"] += int(empty.sum())
+    return counts
+
+
+def _carries(layer: ShiftConv2d) -> Tensor:
+    """Which copies (in_channels, taps) have a weight that is not zero."""
+    weight = layer.pointwise.weight.detach()
+    return weight.view(layer.groups, layer.out_channels // layer.groups, -1).any(1).view(-1, layer.taps)
 
 
 def _bits(model: nn.Module) -> tuple[int, int]:

@@ -35,11 +35,15 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 def remarks(result: Mapping[str, Any]) -> list[str]:
     """What the table alone would not tell: what was kept and why, the files, caveats."""
     lines = []
+    counted = None
     for row in result["rows"]:
         kept = [site for site in row.get("sites") or [] if site.get("after") is None]
         if row.get("sites"):
             lines.append(f"{row['name']}: {len(row['sites']) - len(kept)} layers changed, {len(kept)} kept")
             lines += [f"  kept {names}: {why}" for why, names in reasons(kept).items()]
+        if row.get("displacements") and row["displacements"] != counted:
+            counted = row["displacements"]
+            lines.append(f"{row['name']}: {displacements_text(counted)}")
         if row.get("uncounted"):
             lines.append(f"{row['name']}: work not counted in {', '.join(row['uncounted'])}")
     if result.get("val_seen"):
@@ -50,7 +54,18 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"{file_text(export)}  {parity_text(export.get('parity'))}")
         in_float = export.get("float_layers") or {}
         lines += [f"  in float: {name or '(the model itself)'}: {why}" for name, why in in_float.items()]
+        lines += [f"  form {line}" for line in forms_text(export.get("forms"))]
     return lines
+
+
+def forms_text(forms: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
+    """The forms that were measured, each with its layers: "depthwise (dense 0.31 ms, depthwise 0.22 ms): conv1"."""
+    layers: dict[str, list[str]] = {}
+    for name, choice in (forms or {}).items():
+        if choice["ms"]:
+            times = ", ".join(f"{form} {ms:.3g} ms" for form, ms in choice["ms"].items())
+            layers.setdefault(f"{choice['form']} ({times})", []).append(name or "(the model itself)")
+    return [f"{figures}: {', '.join(names)}" for figures, names in layers.items()]
 
 
 def reasons(kept: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -79,6 +94,17 @@ def params_text(row: Mapping[str, Any]) -> str:
     params, nonzero = row.get("params"), row.get("nonzero")
     sparse = params is not None and nonzero is not None and nonzero < 0.98 * params
     return f"{short(nonzero)}/{short(params)}" if sparse else short(params)
+
+
+def displacements_text(counts: Mapping[str, int]) -> str:
+    """ "61.2 % of 2,496 displacements are zero (312 copies without weight among them)"."""
+    text = f"{zeros_text(counts)} of {counts['all']:,} displacements are zero"
+    return text + (f" ({counts['empty']:,} copies without weight among them)" if counts["empty"] else "")
+
+
+def zeros_text(counts: Mapping[str, int] | None) -> str:
+    """ "61.2 %": the share of zero displacements."""
+    return NONE if not counts else f"{100 * counts['zero'] / counts['all']:.1f} %"
 
 
 def latency_text(latency: Mapping[str, Any] | None) -> str:
