@@ -94,7 +94,7 @@ def timed() -> None:
             measured = latency(paths, example, target=target)
             for row in rows:
                 row[target] = asdict(measured[row["operator"]])
-    record("operators_latency", rows, "operators", **CONTEXT)
+    record("operators-latency", rows, "operators", **CONTEXT)
 
 
 def main() -> None:

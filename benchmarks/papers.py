@@ -78,7 +78,7 @@ def trained(name: str, seed: int, protocol: str) -> dict[str, Any]:
 def main() -> None:
     named = [name for name in sys.argv[1:] if name != "--full"]
     protocol = "full" if "--full" in sys.argv else "shortened"
-    file = RESULTS / f"papers_{protocol}.json"
+    file = RESULTS / f"papers-{protocol}.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     known = {(row["net"], row["seed"]) for row in rows}
     every = [(name, seed) for seed in SEEDS[protocol] for name in NETS]
@@ -87,7 +87,7 @@ def main() -> None:
         if name not in NETS:
             sys.exit(f"{name} is not one of {', '.join(NETS)}")
         rows = [row for row in rows if (row["net"], row["seed"]) != (name, seed)] + [trained(name, seed, protocol)]
-        record(f"papers_{protocol}", rows, "papers", data="CIFAR-10, 10,000 test images")
+        record(f"papers-{protocol}", rows, "papers", data="CIFAR-10, 10,000 test images")
 
 
 if __name__ == "__main__":

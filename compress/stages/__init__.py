@@ -6,6 +6,7 @@ from compress.stages.fire import Fire
 from compress.stages.freeze_shifts import FreezeShifts
 from compress.stages.group import Group
 from compress.stages.invert import Invert
+from compress.stages.pool_head import PoolHead
 from compress.stages.quantize import Quantize
 from compress.stages.separable import Separable
 from compress.stages.shift import Shift
@@ -18,6 +19,7 @@ __all__ = [
     "FreezeShifts",
     "Group",
     "Invert",
+    "PoolHead",
     "Quantize",
     "Separable",
     "Shift",

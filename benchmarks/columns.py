@@ -1,0 +1,207 @@
+"""What each table shows of the stored results: one function a table, from results to Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Row = dict[str, Any]
+Rows = list[Row]
+Column = Callable[[Row], str]
+
+
+def kilobytes(size: int) -> str:
+    return f"{size / 1000:,.0f} kB" if size < 1e6 else f"{size / 1e6:,.2f} MB"
+
+
+def machine(content: Row) -> str:
+    hardware, versions = content["hardware"], content["versions"]
+    return (
+        f"{hardware['processor']}, {hardware['cores']} cores; torch {versions['torch']}, "
+        f"onnxruntime {versions['onnxruntime']}"
+    )
+
+
+def table(columns: Mapping[str, Column], rows: Rows, caption: str) -> str:
+    lines = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{caption}"
+
+
+def files(row: Row) -> str:
+    return f"{kilobytes(row['base_bytes'])} to {kilobytes(row['bytes'])}"
+
+
+def ratio(latency: Row) -> str:
+    return f"{latency['ratio']:.2f} ({latency['ratio_low']:.2f}-{latency['ratio_high']:.2f})"
+
+
+def interval(pair: Row, digits: int = 2) -> str:
+    """A paired difference with its 95 % interval, in points."""
+    return f"{pair['difference']:+.{digits}f} ({pair['low']:+.{digits}f} to {pair['high']:+.{digits}f})"
+
+
+def cifar10(contents: list[Row]) -> str:
+    columns: dict[str, Column] = {
+        "recipe": lambda row: f"`{row['recipe']}`",
+        "model": lambda row: row["model"],
+        "base top-1 %": lambda row: f"{row['base_top1']:.2f}",
+        "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
+        "file": files,
+        "MACs": lambda row: f"{row['base_macs'] / 1e6:.1f} to {row['macs'] / 1e6:.1f} M",
+        "time against base": lambda row: ratio(row["latency"]),
+        "run takes": lambda row: f"{row['wall_seconds'] / 60:.0f} min",
+    }
+    caption = (
+        "CIFAR-10, 10,000 test images, seed 0; time: onnxruntime, batch 1, ratio to the float32 base (5 rounds). "
+        f"{machine(contents[0])}. `python benchmarks/cifar10.py RECIPE MODEL`"
+    )
+    return table(columns, [content["rows"][0] for content in contents], caption)
+
+
+def shift_start(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "taps of 9": lambda row: str(row["taps"]),
+        "top-1 %": lambda row: f"{row['top1']:.2f}",
+        "params": lambda row: f"{row['params']:,}",
+        "MACs": lambda row: f"{row['macs'] / 1e6:.1f} M",
+        "time": lambda row: f"{row['seconds']} s",
+    }
+    caption = f"ResNet-20 (91.73 %), all 3x3 convolutions but the first, CIFAR-10 test. {machine(content)}. "
+    return table(columns, content["rows"], caption + f"`{content['command']}`")
+
+
+def digits(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "seed": lambda row: str(row["seed"]),
+        "base top-1 %": lambda row: f"{row['base_top1']:.2f}",
+        "top-1 %": lambda row: f"{row['top1']:.2f}",
+        "file": files,
+        "time against base": lambda row: f"{row['latency']['ratio']:.2f}",
+        "whole command": lambda row: f"{row['wall_seconds']:.0f} s",
+    }
+    caption = f"`shift_quant`, 449 test images. {machine(content)}. `{content['command']}`"
+    return table(columns, content["rows"], caption)
+
+
+def operators(contents: list[Row]) -> str:
+    content, *timed = contents
+    times = {row["operator"]: row for row in timed[0]["rows"]} if timed else {}
+    started = [row for row in content["rows"] if row["start"] == "trained"]
+    noise = {row["operator"]: row for row in content["rows"] if row["start"] == "noise"}
+
+    def after(row: Row | None, epochs: tuple[int, ...]) -> str:
+        return " / ".join(f"{row[f'top1_{n}']:.2f}" for n in epochs) if row else "-"
+
+    def against_base(row: Row, target: str) -> str:
+        return ratio(times[row["operator"]][target]) if row["operator"] in times else "-"
+
+    columns: dict[str, Column] = {
+        "operator": lambda row: f"`{row['setting'].partition(',')[0]}`",
+        "settings": lambda row: row["setting"].partition(",")[2].replace(":", " ").replace(",", ", "),
+        "params": lambda row: f"{row['params']:,}",
+        "MACs": lambda row: f"{row['macs'] / 1e6:.1f} M",
+        "after 0 / 1 / 5 epochs, top-1 %": lambda row: after(row, (0, 1, 5)),
+        "from noise, 1 / 5": lambda row: after(noise.get(row["operator"]), (1, 5)),
+        "time in onnxruntime": lambda row: against_base(row, "onnxruntime"),
+        "in torch": lambda row: against_base(row, "torch"),
+    }
+    caption = (
+        "ResNet-20 (91.73 %), all 3x3 convolutions but the first, CIFAR-10 test, seed 0, distillation from the base; "
+        f"time: batch 1, ratio to the base. {machine(content)}. `python benchmarks/operators.py`"
+    )
+    return table(columns, started, caption)
+
+
+def as_resnet(contents: list[Row]) -> str:
+    (content,) = contents
+
+    columns: dict[str, Column] = {
+        "displacements": lambda row: row["variant"],
+        "layers in whole pixels": lambda row: f"{row['whole_pixel_layers']} of 17",
+        "cosine of logits": lambda row: f"{row['cosine']:.3f}",
+        "top-1 % (95 %)": lambda row: f"{row['top1']:.1f} ({row['low']:.1f}-{row['high']:.1f})",
+        "against float, points": lambda row: interval(row["paired"], 1),
+    }
+    epochs = content["recover"]["epochs"]
+    caption = (
+        f"The published AS-ResNet-w32 through `ConvertShift`; distilled: {epochs} epochs on 1,000 training images, no "
+        "labels. 500 validation images of imagenette-mini among 1000 classes; cosines on photographs of other classes, "
+        f"since what is solved or distilled on ten classes comes to prefer them. {machine(content)}. "
+        "`python benchmarks/as_resnet.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
+def papers(contents: list[Row]) -> str:
+    columns: dict[str, Column] = {
+        "net": lambda row: f"`{row['net']}`",
+        "params": lambda row: f"{row['params']:,}",
+        "MACs": lambda row: f"{row['macs'] / 1e6:.1f} M",
+        "protocol": lambda row: f"{row['protocol']}, {row['epochs']} epochs",
+        "seed": lambda row: str(row["seed"]),
+        "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
+        "published, full protocol": lambda row: f"{row['published']:.2f}" if row["published"] else "-",
+        "where": lambda row: row["source"],
+    }
+    caption = (
+        "CIFAR-10 test, from nothing. The shortened protocol reproduces no paper; it ranks these networks among each "
+        f"other. {machine(contents[0])}. `python benchmarks/papers.py [--full]`"
+    )
+    return table(columns, [row for content in contents for row in content["rows"]], caption)
+
+
+def sparse_shift(contents: list[Row]) -> str:
+    (content,) = contents
+
+    def zeros(counts: Row, key: str = "zero") -> str:
+        return f"{100 * counts[key] / counts['all']:.1f} %"
+
+    columns: dict[str, Column] = {
+        "l1": lambda row: f"{row['l1']:g}",
+        "zero displacements": lambda row: zeros(row["displacements"]),
+        "of them without weight": lambda row: zeros(row["displacements"], "empty"),
+        "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
+        "against l1 = 0, points": lambda row: interval(row["paired_free"]) if row["paired_free"] else "-",
+        "params": lambda row: f"{row['params']:,}",
+    }
+    start = content["rows"][0]["displacements_start"]
+    caption = (
+        f"ResNet-20 (91.73 %), recipe `sparse_shift` with {content['epochs']} epochs: {start['all']:,} displacements, "
+        f"{zeros(start)} of them zero at the start; shares are of all of them. "
+        "Copies of a channel that met on one place are one copy, and the others have no weight. CIFAR-10 test, seed 0. "
+        f"{machine(content)}. `python benchmarks/sparse_shift.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
+def alexnet_fire(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "seed": lambda row: str(row["seed"]),
+        "base top-1 %": lambda row: f"{row['base_top1']:.2f}",
+        "right after substitution": lambda row: f"{row['steps']['head']:.2f}",
+        "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
+        "against base, points": lambda row: interval(row["paired"]),
+        "params": lambda row: f"{row['base_params']:,} to {row['params']:,}",
+        "fewer": lambda row: f"{row['base_params'] / row['params']:.0f}x",
+        "file": files,
+    }
+    caption = (
+        "AlexNet for CIFAR, trained here from nothing, to Fire modules and a pooled head. CIFAR-10 test. "
+        f"{machine(content)}. `python benchmarks/alexnet_fire.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "cifar10": cifar10,
+    "shift_start": shift_start,
+    "operators": operators,
+    "sparse_shift": sparse_shift,
+    "as_resnet": as_resnet,
+    "papers": papers,
+    "alexnet_fire": alexnet_fire,
+    "digits": digits,
+}
