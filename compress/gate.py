@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,13 @@ from compress.files import write
 from compress.stage import Keep
 from compress.task import Work
 
+if TYPE_CHECKING:
+    from compress.measure import Latency
+
 GATES = ("none", "macs", "bytes", "latency")
 FASTER = 0.9  # of the time before, in every round
 ROUNDS = 3
+SECONDS = 0.25  # of work in each
 
 
 def check_gate(gate: str) -> None:
@@ -55,7 +60,9 @@ class Gate:
         known: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         question = f"{self.work.target}: {_told(old)} -> {_told(new)} at {list(x.shape[1:])}"
         if question not in known:
-            known[question] = _timed(old, new, x, self.work.target)
+            times = timed({"before": old, "after": new}, x.shape[1:], self.work.target)
+            known[question] = {f"{name}_ms": time.p50_ms for name, time in times.items()}
+            known[question]["slowest_ratio"] = times["after"].ratio_high
             write(file, json.dumps(known, indent=1).encode())
         return known[question]
 
@@ -87,19 +94,16 @@ def _bytes(layer: nn.Module) -> int:
     return total
 
 
-def _timed(old: nn.Module, new: nn.Module, x: Tensor, target: str) -> dict[str, float]:
+def timed(
+    layers: Mapping[str, nn.Module], shape: Sequence[int], target: str, seconds: float = SECONDS
+) -> dict[str, Latency]:
+    """Each layer's latency in `target` for one image of `shape` (C, H, W), in rounds; ratios are to the first."""
     from compress.measure import latency
 
-    example = torch.randn(2, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
-        layers = {"before": old, "after": new}
         paths = {name: _written(layer, example, Path(folder) / name, target) for name, layer in layers.items()}
-        found: dict[str, Any] = latency(paths, example, target=target, rounds=ROUNDS)
-    return {
-        "before_ms": found["before"].p50_ms,
-        "after_ms": found["after"].p50_ms,
-        "slowest_ratio": found["after"].ratio_high,
-    }
+        return latency(paths, example, target=target, rounds=ROUNDS, seconds=seconds)
 
 
 def _written(layer: nn.Module, example: Tensor, path: Path, target: str) -> Path:

@@ -23,6 +23,7 @@ from compress.constructors import Build, named
 from compress.data import Source, make_task
 from compress.errors import ConfigError
 from compress.files import UNFINISHED
+from compress.lower.forms import FORMS
 from compress.measure import RUNTIMES
 from compress.models.weights import load_weights
 from compress.stage import Stage, order_problems
@@ -34,6 +35,7 @@ CHOICES = {
     "precision": PRECISIONS,
     "target": tuple(RUNTIMES),
     "measure": ("ends", "all", "none"),
+    "forms": FORMS,
 }
 EXPORTS = ("onnx", "pt2")
 SETTINGS = {*CHOICES, "model", "data", "stages", "seed", "export", "cache", "out"}
@@ -52,6 +54,7 @@ class Plan:
     export: tuple[str, ...]
     target: str
     measure: str
+    forms: str
     cache: Path | None
 
 
@@ -90,6 +93,7 @@ def make(settings: Mapping[str, Any]) -> Plan:
         export=tuple(_listed(settings["export"])),
         target=settings["target"],
         measure=settings["measure"],
+        forms=settings["forms"],
         cache=store,
     )
 

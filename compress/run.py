@@ -20,6 +20,7 @@ from compress.constructors import Build, named
 from compress.errors import ConfigError, TrainingError, UserError
 from compress.files import UNFINISHED
 from compress.lower import export_onnx, export_pt2
+from compress.lower.forms import FORMS, choose
 from compress.models.weights import load_weights
 from compress.reconstruct import plain_images
 from compress.rows import answers, plain, row
@@ -58,6 +59,7 @@ def run(
     export: Sequence[str] = (),
     target: str = "onnxruntime",
     measure: str = "ends",
+    forms: str = "measured",
     cache: Path | str | None = Path("outputs/cache"),
     recipe: str = "",
     command: str = "",
@@ -67,7 +69,9 @@ def run(
     The base is what `build` makes ("pkg.factory", {arguments}) with `weights` loaded, or trained by `train` where there
     are none; or a `model` instance, which can be compressed and exported but not stored, resumed, or written as a
     checkpoint, since nobody could build it again. `measure` says which rows get a latency in the runtime `target`:
-    "ends" (base and result), "all", or "none". `cache` is the store of finished stages; None turns it off.
+    "ends" (base and result), "all", or "none". `forms` says which of its equal plain forms a layer takes in the file
+    that `target` runs: the one that is "measured" to be fastest there, or its "default". `cache` is the store of
+    finished stages and of what was measured for the forms; None turns it off.
 
     Raises:
         ConfigError: stages in an order that makes no sense, or no base.
@@ -82,11 +86,13 @@ def run(
         raise ConfigError("\n".join(problems) or "`stages` must hold at least one stage.")
     if (build is None) == (model is None):
         raise ConfigError("exactly one of `build` and `model` must be given.")
+    if forms not in FORMS:
+        raise ConfigError(f"`forms` (={forms!r}) must be one of {', '.join(FORMS)}.")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"writes into {folder}", file=sys.stderr)
     display = progress.make()
-    place = _Place(build, folder, None if cache is None else Path(cache), target, display)
+    place = _Place(build, folder, None if cache is None else Path(cache), target, forms, display)
     try:
         final, content = _carry_out(place, named, task, model, weights, train, export, measure)
     finally:
@@ -105,6 +111,7 @@ class _Place:
     folder: Path
     cache: Path | None
     target: str
+    forms: str
     display: Progress
 
     @property
@@ -139,12 +146,16 @@ class _Place:
         self.display.start(f"write {path.name}", 0)
         model = copy.deepcopy(model).cpu().eval()
         example = torch.cat(plain_images(task.calibration, PARITY_IMAGES, torch.device("cpu")))
+        chosen = {}
+        if self.forms == "measured" and path.suffix == SUFFIXES.get(self.target, ".pt2"):
+            chosen = choose(model, example, self.target, (self.cache or self.scratch) / "forms")
+        forms = {name: choice.form for name, choice in chosen.items()}
         if path.suffix == ".onnx":
-            written = export_onnx(model, example, path, input=task.input, target=self.target)
+            written = export_onnx(model, example, path, input=task.input, target=self.target, forms=forms)
         else:
-            written = export_pt2(model, example, path)
+            written = export_pt2(model, example, path, forms=forms)
         self.display.end()
-        return written | {"file": path.name}
+        return written | {"file": path.name, "forms": {name: asdict(choice) for name, choice in chosen.items()}}
 
     def latencies(
         self, models: Mapping[str, nn.Module], exported: Sequence[str], task: Task

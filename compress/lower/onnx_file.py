@@ -31,13 +31,15 @@ def export_onnx(
     input: Mapping[str, Any],
     normalize: bool = False,
     target: str = "onnxruntime",
+    forms: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write `model` to `path` with a dynamic batch; its input is called "input", its output "logits".
 
     A quantized model becomes one that runtimes execute on integers: int8 weights, int32 biases, one
     quantize/dequantize pair for each tensor. `example` is a normalised batch of at least two, (N, C, H, W). `input`
     describes what the network wants and is stored in the file's metadata; with `normalize` the file takes the raw
-    numbers (0 .. `input["scale"]`) and normalises them itself, which the metadata says.
+    numbers (0 .. `input["scale"]`) and normalises them itself, which the metadata says. `forms` is as in `lower`, and
+    is in the metadata too.
 
     Returns:
         {"file", "bytes", "float_layers", "parity": [{"batch", "max_abs", "top1_agreement"}, ...]}: `float_layers`
@@ -45,7 +47,7 @@ def export_onnx(
     """
     from compress.lower import onnx_integers
 
-    plain = lower(model, target).cpu()
+    plain = lower(model, target, forms).cpu()
     scales = matching_scales(model, plain)
     for module in list(plain.modules()):
         if isinstance(module, Grid):
@@ -74,6 +76,8 @@ def export_onnx(
     for value in [*program.model.graph.initializers.values(), *program.model.graph.inputs]:
         value.metadata_props.clear()
     program.model.metadata_props["input"] = json.dumps({**input, "normalized_by_file": normalize})
+    if forms:
+        program.model.metadata_props["forms"] = json.dumps(dict(forms))
     write(path, program.model_proto.SerializeToString())
     original = copy.deepcopy(model).cpu().eval()
     rows = parity(Normalized(original, input) if normalize else original, _runtime(path), raw)

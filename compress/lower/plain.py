@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -29,28 +30,43 @@ class Grid(nn.Module):
         return (integers - self.zero_point) * self.scale
 
 
-def lower(model: nn.Module, target: str) -> nn.Module:
+def lower(model: nn.Module, target: str, forms: Mapping[str, str] | None = None) -> nn.Module:
     """A copy in evaluation mode that computes the same with torch's own layers, as fast as `target` can run it.
 
     Parametrizations are baked into their weights, batch norm is folded, layers of ours are replaced by what their
-    `lower(target)` gives, activation quantizers get fixed numbers. `model.input` is kept.
+    `lower(target)` gives, activation quantizers get fixed numbers. `model.input` is kept. `forms` names, by layer, the
+    form to take out of those that the layer's `forms(target)` has; see `compress.lower.forms`.
+
+    Raises:
+        ValueError: `forms` names a layer or a form that there is not.
     """
+    wanted = dict(forms or {})
     lowered = copy.deepcopy(model).eval()
     for module in list(lowered.modules()):
         if parametrize.is_parametrized(module):
             bake(module)
     fold_batch_norm(lowered)
-    for module in [m for _, m in leaves(lowered)]:
+    for name, module in list(leaves(lowered)):
         new = module
-        if is_ours(module):
+        if name in wanted and hasattr(kind(module), "forms"):
+            new = _form(name, module.forms(target), wanted.pop(name))  # type: ignore[operator]  # by its contract
+        elif is_ours(module):
             new = module.lower(target)  # type: ignore[operator]  # by its contract
         elif isinstance(module, FakeQuantize):
             new = Grid(float(module.scale), int(module.zero_point), module.largest)
         if new is not module:
             lowered = replace(lowered, module, new.eval())
+    if wanted:
+        raise ValueError(f"`forms` names {', '.join(map(repr, wanted))}: no layer that has several forms.")
     for parameter in lowered.parameters():
         parameter.requires_grad_(False)
     return lowered
+
+
+def _form(name: str, forms: Mapping[str, nn.Module], wanted: str) -> nn.Module:
+    if wanted not in forms:
+        raise ValueError(f"`forms[{name!r}]` (={wanted!r}) must be one of {', '.join(forms)}.")
+    return forms[wanted]
 
 
 def bake(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ from compress.lower.parity import parity
 from compress.lower.plain import integer_weights, lower, matching_scales
 
 
-def export_pt2(model: nn.Module, example: Tensor, path: Path) -> dict[str, Any]:
+def export_pt2(
+    model: nn.Module, example: Tensor, path: Path, *, forms: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Write `model` to `path` with core torch operators only and a dynamic batch.
 
     Weights that are integers times a scale stay int8 in the file. `example` is a batch of at least two, (N, C, H, W).
+    `forms` is as in `lower`.
 
     Returns:
         {"file", "bytes", "parity": [{"batch", "max_abs", "top1_agreement"}, ...]} of what the file, read again, gives.
     """
-    plain = lower(model, "torch").cpu()
+    plain = lower(model, "torch", forms).cpu()
     for name, scale in matching_scales(model, plain).items():
         _keep_integers(plain.get_submodule(name), scale)
     program = exported(plain, example)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.nn.plain_shift import displacement_forms
 from compress.nn.shift import LARGEST_KERNEL, LEARNING_RATE_SCALE
 from compress.nn.taps import round_half_away
 
@@ -240,20 +241,19 @@ class Shift2d(nn.Module):
         height, width = (-(-size // self.stride) for size in input_shape[-2:])
         return BILINEAR_MACS * self.channels * height * width
 
-    def lower(self, target: str) -> nn.Module:
-        """The same function in plain torch modules: a depthwise convolution, one-hot where it moves by whole pixels."""
+    def forms(self, target: str) -> dict[str, nn.Module]:
+        """The same function in plain torch modules, in every form that there is for `target`, the default first.
+
+        A depthwise convolution, one-hot where it moves by whole pixels; the same for the channels that move only;
+        nothing at all where none does.
+        """
         used = self.displacement.detach().clamp(-self.reach, self.reach)
-        if self.quantize:
-            used = round_half_away(used)
-        if self.stride == 1 and not bool(used.any()):
-            return nn.Identity().train(self.training)
-        kernel = bilinear_kernel(used)
-        k = kernel.shape[-1]
-        move = nn.Conv2d(self.channels, self.channels, k, self.stride, k // 2, groups=self.channels, bias=False)
-        move = move.to(kernel.device, kernel.dtype)
-        with torch.no_grad():
-            move.weight.copy_(kernel)
-        return move.train(self.training)
+        kernel = bilinear_kernel(round_half_away(used) if self.quantize else used)
+        return {name: form.train(self.training) for name, form in displacement_forms(kernel, self.stride).items()}
+
+    def lower(self, target: str) -> nn.Module:
+        """The default of `forms`."""
+        return next(iter(self.forms(target).values()))
 
     def extra_repr(self) -> str:
         text = f"{self.channels}, {self.kernel_size}x{self.kernel_size}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress.nn.geometry import pair, spatial_config, unusual
+from compress.nn.plain_shift import around, convolution_forms
 from compress.nn.taps import round_half_away, taps, window
 
 LARGEST_KERNEL = 255  # displacements fit a byte
@@ -28,7 +29,8 @@ class ShiftConv2d(nn.Module):
 
     Maps (N, in_channels, H, W) as the k x k convolution of the same stride, padding, dilation and groups does. It is
     that convolution with at most `taps` non-zero positions for each input channel, and is computed so: the pointwise
-    weights and the displacements are composed into one dense kernel, which trains as fast as the convolution.
+    weights and the displacements are composed into one dense kernel, which trains as fast as the convolution. One copy
+    that does not learn is moved by a depthwise convolution instead, which is several times as fast.
 
     `displacement` is (in_channels, taps, 2) in (y, x), see `taps`. Column `c * taps + t` of `pointwise.weight` belongs
     to copy t of input channel c. With `learn` the displacements are trained, with `quantize` they are rounded in every
@@ -74,6 +76,7 @@ class ShiftConv2d(nn.Module):
         self.normalize, self.lr_scale = normalize, lr_scale
         self.displacement = nn.Parameter(self._spread(positions), requires_grad=learn)
         self.pointwise = nn.Conv2d(in_channels * taps, out_channels, 1, groups=groups, bias=bias)
+        self._made: tuple[Tensor, Tensor] | None = None
 
     def _spread(self, positions: int) -> Tensor:
         """Every copy of a channel on a grid point of its own, the centre first, then row by row."""
@@ -107,20 +110,30 @@ class ShiftConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros":
-            x = F.pad(x, self._around(), mode=self.padding_mode)
+            x = F.pad(x, around(self, self.padding, self.kernel_size), mode=self.padding_mode)
             padding = 0
+        if self.taps == 1 and not self.learn and self.groups < self.in_channels:
+            weight = self.pointwise.weight
+            x = F.conv2d(x, self._moves(weight.dtype), None, self.stride, padding, self.dilation, self.in_channels)
+            return F.conv2d(x, weight, self.pointwise.bias, groups=self.groups)
         return F.conv2d(x, self.kernel(), self.pointwise.bias, self.stride, padding, self.dilation, self.groups)
 
-    def _around(self) -> list[int]:
-        """The padding as left, right, top, bottom."""
-        sides = []
-        for axis in (1, 0):
-            reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
-            if self.padding == "same":  # the odd one out goes to the end, as in torch
-                sides += [reach // 2, reach - reach // 2]
-            else:
-                sides += 2 * [0 if isinstance(self.padding, str) else self.padding[axis]]
-        return sides
+    def _moves(self, dtype: torch.dtype) -> Tensor:
+        """The depthwise kernel (in_channels, 1, ky, kx) of the one copy that each channel has.
+
+        Made anew only when a displacement has changed: making it takes as long as a small pointwise convolution. Only
+        the CPU can look without waiting for work that is under way.
+        """
+        now = self.displacement
+        look = now.device.type == "cpu" and not torch.compiler.is_compiling()
+        if look and self._made is not None:
+            before, kernel = self._made
+            if kernel.dtype == dtype and before.dtype == now.dtype and torch.equal(before, now):
+                return kernel
+        with torch.inference_mode(False), torch.no_grad():
+            kernel = taps(self._inside(), self.kernel_size, self.quantize).to(dtype)
+            self._made = (now.detach().clone(), kernel) if look else None
+        return kernel
 
     def _inside(self) -> Tensor:
         """The displacements as they are used: what an optimizer step pushed out of the window counts as its edge."""
@@ -223,43 +236,20 @@ class ShiftConv2d(nn.Module):
         """The convolutions whose outputs are this layer's output."""
         return (self.pointwise,)
 
-    def lower(self, target: str) -> nn.Module:
-        """The same function in plain torch modules.
+    @torch.no_grad()
+    def forms(self, target: str) -> dict[str, nn.Module]:
+        """The same function in plain torch modules, in every form that there is for `target`, the default first.
 
-        One whole-pixel copy becomes a one-hot depthwise convolution and the pointwise one, which every runtime runs
-        much faster than a dense kernel; several become the dense kernel, which is faster than several copies.
+        With one whole-pixel copy that is a one-hot depthwise convolution and the pointwise one, with several the dense
+        kernel; where nothing moves the pointwise one is all there is. "slices" takes parts of the padded map.
         """
-        device, dtype = self.displacement.device, self.pointwise.weight.dtype
-        spatial: dict[str, Any] = {
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "padding_mode": self.padding_mode,
-        }
-        bias = self.pointwise.bias
-        with torch.no_grad():
-            if self.taps == 1 and self.integer:
-                move = nn.Conv2d(
-                    self.in_channels, self.in_channels, self.kernel_size, groups=self.in_channels, bias=False, **spatial
-                )
-                move.weight.copy_(taps(self._inside(), self.kernel_size, self.quantize))
-                mix = nn.Conv2d(self.in_channels, self.out_channels, 1, groups=self.groups, bias=bias is not None)
-                mix.weight.copy_(self.pointwise.weight)
-                lowered: nn.Module = nn.Sequential(move, mix)
-            else:
-                mix = nn.Conv2d(
-                    self.in_channels,
-                    self.out_channels,
-                    self.kernel_size,
-                    groups=self.groups,
-                    bias=bias is not None,
-                    **spatial,
-                )
-                mix.weight.copy_(self.kernel())
-                lowered = mix
-            if bias is not None and mix.bias is not None:
-                mix.bias.copy_(bias)
-        return lowered.to(device=device, dtype=dtype).train(self.training)
+        places = taps(self._inside(), self.kernel_size, self.quantize)
+        forms = convolution_forms(places.to(self.pointwise.weight.dtype), self.kernel(), self.pointwise, self)
+        return {name: form.train(self.training) for name, form in forms.items()}
+
+    def lower(self, target: str) -> nn.Module:
+        """The default of `forms`."""
+        return next(iter(self.forms(target).values()))
 
     def extra_repr(self) -> str:
         kernel = "x".join(str(k) for k in self.kernel_size)
