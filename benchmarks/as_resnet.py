@@ -34,7 +34,7 @@ CLASSES = dict(n01440764=0, n02102040=217, n02979186=482, n03000684=491, n030280
 CLASSES |= dict(n03394916=566, n03417042=569, n03425413=571, n03445777=574, n03888257=701)
 INPUT = {"order": "bgr", "scale": 1.0, "mean": [103.94, 116.78, 123.68], "std": [1 / 0.017352] * 3}
 IMAGES = 256  # that the convolutions are solved on
-RECOVER = FineTune(epochs=2, lr=0.005, distill=1.0, batch_norm="frozen")
+RECOVER = FineTune(epochs=2, lr=3e-4, optimizer="adamw", distill=1.0, clip=1.0, batch_norm="frozen")
 
 
 def rounded(chosen: Callable[[Shift2d], bool]) -> Callable[[nn.Module, Task], nn.Module]:
@@ -97,7 +97,7 @@ golden = read_weights(weights / "as-resnet-w32-golden.safetensors")
 photographs = torch.stack([golden["cat.input"], golden["fish-bike.input"]])
 photographs = torch.cat((photographs, photographs.flip(-1)))
 images = folder(data_root() / "imagenette-mini", size=224, resize=224, classes=1000, class_index=CLASSES)
-task = make_task(images, input=INPUT, batch_size=32, calibration_images=IMAGES, precision="float32")
+task = make_task(images, input=INPUT, batch_size=32, calibration_images=IMAGES)
 base = as_resnet_w32()
 load_weights(base, weights / "as-resnet-w32.safetensors")
 base.eval()

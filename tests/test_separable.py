@@ -114,9 +114,10 @@ def test_kernels_of_low_rank_are_found_again(name: str, tmp_path: Path) -> None:
         {"padding": 1, "padding_mode": "reflect", "groups": 4},
     ],
 )
-def test_layer_is_the_dense_convolution_of_its_composed_kernel(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_is_the_dense_convolution_of_its_composed_kernel(settings: dict[str, Any], training: bool) -> None:
     torch.manual_seed(0)
-    layer = SeparableConv2d(4, 8, (3, 2) if "padding_mode" not in settings else 3, 2, **settings)
+    layer = SeparableConv2d(4, 8, (3, 2) if "padding_mode" not in settings else 3, 2, **settings).train(training)
     plain = nn.Conv2d(4, 8, layer.kernel_size, **settings)
     with torch.no_grad():
         plain.weight.copy_(dense(layer))
@@ -124,9 +125,20 @@ def test_layer_is_the_dense_convolution_of_its_composed_kernel(settings: dict[st
             plain.bias.copy_(layer.pointwise.bias)
     x = torch.randn(2, 4, 9, 8)
     torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=1e-5)
-    again = SeparableConv2d(**layer.config())
+    again = SeparableConv2d(**layer.config()).train(training)
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again(x), layer(x))
+
+
+def test_trained_as_one_kernel_has_the_gradients_of_two_layers() -> None:
+    torch.manual_seed(0)
+    layer = SeparableConv2d(4, 8, 3, 2, padding=1)
+    x = torch.randn(2, 4, 9, 8, requires_grad=True)
+    parts = (x, *layer.parameters())
+    composed = torch.autograd.grad(layer(x).square().sum(), parts)
+    apart = torch.autograd.grad(layer.pointwise(layer.depthwise(x)).square().sum(), parts)
+    for mine, other in zip(composed, apart, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
 def test_work_and_weights_are_a_hand_count() -> None:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.nn.geometry import pair, spatial_config, unusual
+
+WIDEST_COMPOSED = 256  # input channels of a group: beyond, the dense kernel's work outgrows the depthwise layer's time
 
 
 class SeparableConv2d(nn.Module):
@@ -22,6 +26,9 @@ class SeparableConv2d(nn.Module):
     (out_channels / groups, positions), have rank `multiplier` at most. The depthwise one has all that is spatial and
     no bias, the pointwise one the groups and the bias. Column `c * multiplier + t` of `pointwise.weight`, counted
     within its group, belongs to kernel t of input channel c.
+
+    Several kernels for each channel are trained as the one dense kernel that they make, where that is not very wide:
+    on ResNet-20's layers a step is then 3 to 9 times as fast, since no depthwise convolution with a multiplier is.
 
     Raises:
         ValueError: more kernels for a channel than the kernel has positions, or none; channels that do not divide
@@ -59,7 +66,22 @@ class SeparableConv2d(nn.Module):
         self.depthwise = nn.Conv2d(in_channels, between, self.kernel_size, groups=in_channels, bias=False, **spatial)
         self.pointwise = nn.Conv2d(between, out_channels, 1, groups=groups, bias=bias)
 
+    def kernel(self) -> Tensor:
+        """The dense kernel this layer equals: (out_channels, in_channels / groups, ky, kx)."""
+        g, inputs = self.groups, self.in_channels // self.groups
+        mix = self.pointwise.weight.view(g, self.out_channels // g, inputs, self.multiplier)
+        kernels = self.depthwise.weight.view(g, inputs, self.multiplier, -1)
+        dense = torch.einsum("goit,gitp->goip", mix, kernels)
+        return dense.reshape(self.out_channels, inputs, *self.kernel_size)
+
     def forward(self, x: Tensor) -> Tensor:
+        composes = self.training and self.multiplier > 1 and self.in_channels // self.groups <= WIDEST_COMPOSED
+        if composes and isinstance(x, Tensor):  # a tracer's stand-in is none, and has to see both layers
+            padding: Any = self.padding
+            if self.padding_mode != "zeros":
+                x = F.pad(x, self.depthwise._reversed_padding_repeated_twice, mode=self.padding_mode)
+                padding = 0
+            return F.conv2d(x, self.kernel(), self.pointwise.bias, self.stride, padding, self.dilation, self.groups)
         out: Tensor = self.pointwise(self.depthwise(x))
         return out
 
