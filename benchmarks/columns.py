@@ -195,6 +195,41 @@ def alexnet_fire(contents: list[Row]) -> str:
     return table(columns, content["rows"], caption)
 
 
+def shift_latency(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "channels": lambda row: str(row["channels"]),
+        "map": lambda row: f"{row['size']}x{row['size']}",
+        "3x3, ms": lambda row: f"{row['p50_ms']['3x3']:.3f}",
+        "1 tap / (depthwise + pointwise)": lambda row: f"{row['1 tap / (depthwise + pointwise)']:.2f}",
+        "1 tap / 3x3": lambda row: f"{row['1 tap / 3x3']:.2f}",
+        "3 taps, dense / 3x3": lambda row: f"{row['3 taps / 3x3']:.2f}",
+        "3 taps, depthwise / dense": lambda row: f"{row['to the default']['shift, 3 taps: depthwise']:.2f}",
+        "3 taps, slices / dense": lambda row: f"{row['to the default']['shift, 3 taps: slices']:.2f}",
+        "chosen for 3 taps": lambda row: row["chosen"]["shift, 3 taps"],
+    }
+    caption = f"{content['target']}. {machine(content)}. `python benchmarks/shift_latency.py`"
+    return table(columns, content["rows"], caption)
+
+
+def shift_torch(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "what": lambda row: row["what"],
+        "channels": lambda row: str(row["channels"]),
+        "map": lambda row: f"{row['size']}x{row['size']}",
+        "batch": lambda row: str(row["batch"]),
+        "pointwise, ms": lambda row: f"{row['ms']['pointwise']:.3f}",
+    }
+    for name in ("shift, 1 tap", "depthwise + pointwise", "3x3"):
+        columns[f"{name} / pointwise"] = lambda row, name=name: f"{row[f'{name} / pointwise']:.2f}"  # type: ignore[misc]
+    caption = (
+        f"{content['target']}; inference {content['inference']}, training step {content['training']}. "
+        f"{machine(content)}. `python benchmarks/shift_torch.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cifar10": cifar10,
     "shift_start": shift_start,
@@ -203,5 +238,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "as_resnet": as_resnet,
     "papers": papers,
     "alexnet_fire": alexnet_fire,
+    "shift_latency": shift_latency,
+    "shift_torch": shift_torch,
     "digits": digits,
 }

@@ -21,7 +21,7 @@ def stored(name: str) -> list[Row]:
 def tables(text: str) -> str:
     for name in re.findall(r"<!-- table: (\w+) -->", text):
         contents = stored(name)
-        body = f"\n{TABLES[name](contents)}\n" if contents else "\n"
+        body = f"\n{TABLES[name](contents) if contents else 'Not measured yet.'}\n"
         text = re.sub(
             rf"(<!-- table: {name} -->)\n.*?(<!-- end -->)", lambda m, b=body: f"{m[1]}{b}{m[2]}", text, flags=re.DOTALL
         )

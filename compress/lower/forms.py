@@ -25,7 +25,7 @@ from compress.surgery import kind, leaves
 
 FORMS = ("measured", "default")
 # Not tried until a stored result of benchmarks/shift_latency.py, which measures every form, shows that they win.
-LOSING = ("slices",)
+LOSING = ("slices", "moving")
 # Calls cost as much as the work in a layer of fewer multiply-adds, and no form wins much.
 LEAST_MACS = 1_000_000
 # Of the default's multiply-adds: a form made of several layers wins back what it spends on moving numbers with these.
@@ -61,7 +61,7 @@ def choose(
     choices, answers = {}, dict[str, Choice]()
     for name, layer in known.items():
         forms: dict[str, nn.Module] = layer.forms(target)  # type: ignore[operator]  # by its contract
-        tried = _worth_trying(forms, shapes[name], least_macs) if name in shapes else {}
+        tried = worth_trying(forms, shapes[name], least_macs) if name in shapes else {}
         choice = Choice(next(iter(forms)))
         if len(tried) > 1:
             question = _question(tried, shapes[name], target)
@@ -96,7 +96,10 @@ def _shapes(model: nn.Module, known: Mapping[str, nn.Module], example: Tensor) -
     return shapes
 
 
-def _worth_trying(forms: Mapping[str, nn.Module], shape: tuple[int, ...], least_macs: int) -> dict[str, nn.Module]:
+def worth_trying(
+    forms: Mapping[str, nn.Module], shape: tuple[int, ...], least_macs: int = LEAST_MACS
+) -> dict[str, nn.Module]:
+    """The default and the forms that can win against it, for one image of `shape` (C, H, W); {} where none can."""
     from compress.measure import profile
 
     default, *others = [name for name in forms if name not in LOSING]

@@ -6,7 +6,8 @@ elimination on real activations, and the pointwise weights are solved by least s
 output, layer by layer. With all positions kept the layer is exactly the convolution.
 
 When to use it, and when not. It buys bytes and multiply-adds: `taps` of k*k of both. With one tap it buys time too;
-with several a runtime computes the dense kernel, and time stays what it was until the weights are quantized. Small
+with several the file takes the faster of a dense kernel and depthwise copies, as measured (three copies of 64 channels
+and more in onnxruntime: 0.5 to 0.9 of the convolution's time; below, and in integers, time stays what it was). Small
 networks need 3 or 4 taps of 9, and fine-tuning afterwards.
 
 Knobs. `taps`: copies kept of each input channel. `budget`: the share of the model's parameters to come down to,
