@@ -162,6 +162,7 @@ def test_bilinear_shifts_are_exported(tmp_path: Path) -> None:
     ("build", "message"),
     [
         (lambda: models.shift_resnet20(shift="none"), r"`shift` \(='none'\) must be one of grouped, random, active"),
+        (lambda: models.shift_resnet20(shift="sparse", l1=-1.0), r"`l1` \(=-1.0\) must be a finite number, 0 or more"),
         (lambda: models.shift_resnet20(expansion=0), r"`expansion` \(=0\) must be at least 1/16"),
         (lambda: models.as_net(width=0), r"`width` \(=0\) and `expansion` \(=1\) must be at least 1"),
         (lambda: models.fe_net(hidden="both"), r"`hidden` \(='both'\) must be one of output, input"),
