@@ -133,9 +133,10 @@ def execute(job: config.Job) -> Run:
     """Do one run that has been checked; gives back how it ended, after complaining where it did not end well."""
     from compress.run import run  # not before the settings are known to be good: it is slow to import
 
-    ready = plan.make(job.settings)
-    out = plan.fresh(ready.out)
+    out = None
     try:
+        ready = plan.make(job.settings)
+        out = plan.fresh(ready.out)
         run(
             ready.stages,
             ready.task,
@@ -160,9 +161,10 @@ def execute(job: config.Job) -> Run:
             raise
         return Run(job.command, complain(error, BAD_INPUT), error=str(error))
     finally:
-        with suppress(OSError):
-            (out / UNFINISHED).rmdir()  # each only where nothing was written
-            out.rmdir()
+        if out is not None:
+            with suppress(OSError):
+                (out / UNFINISHED).rmdir()  # each only where nothing was written
+                out.rmdir()
     return Run(job.command, 0, out)
 
 

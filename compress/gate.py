@@ -44,7 +44,7 @@ class Gate:
         """The cost before and after; raises `Keep` unless `new` costs less than `old` on inputs like `x` (N, C, H, W).
 
         In time, less means at least 10 % less in each of three rounds, in the target runtime, for one image; a layer
-        that a file can hold in several forms is judged by its fastest.
+        that a file can hold in several forms is judged by the one that the file would take.
         """
         if self.by == "macs":
             return _fewer("MACs", _macs(old, x), _macs(new, x))
@@ -58,23 +58,21 @@ class Gate:
         return figures
 
     def _measured(self, old: nn.Module, new: nn.Module, x: Tensor) -> dict[str, float]:
+        from compress.lower.forms import fastest
+
         file = self.work.folder / "gate.json"
         known: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        question = f"{self.work.target}: {_told(old)} -> {_told(new)} at {list(x.shape[1:])}"
+        forms = new.forms(self.work.target) if hasattr(kind(new), "forms") else {}  # type: ignore[operator]  # ours
+        shown = " or ".join(map(_told, forms.values())) or _told(new)
+        question = f"{self.work.target}: {_told(old)} -> {shown} at {list(x.shape[1:])}"
         if question not in known:
-            before, *after = timed({"before": old, **self._forms(new, x)}, x.shape[1:], self.work.target).values()
-            best = min(after, key=lambda time: time.ratio_high)
-            known[question] = {"before_ms": before.p50_ms, "after_ms": best.p50_ms, "slowest_ratio": best.ratio_high}
+            if forms:
+                new = fastest(forms, tuple(x.shape[1:]), self.work.target)
+            times = timed({"before": old, "after": new}, x.shape[1:], self.work.target)
+            known[question] = {f"{name}_ms": time.p50_ms for name, time in times.items()}
+            known[question]["slowest_ratio"] = times["after"].ratio_high
             write(file, json.dumps(known, indent=1).encode())
         return known[question]
-
-    def _forms(self, new: nn.Module, x: Tensor) -> dict[str, nn.Module]:
-        """The forms that the new layer could take in a file, see compress.lower.forms; else the layer as it is."""
-        from compress.lower.forms import worth_trying
-
-        forms = new.forms(self.work.target) if hasattr(kind(new), "forms") else {}  # type: ignore[operator]  # ours
-        tried = worth_trying(forms, tuple(x.shape[1:])) if len(forms) > 1 else {}
-        return tried or {"after": new}
 
 
 def _fewer(unit: str, before: int, after: int) -> str:

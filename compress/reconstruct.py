@@ -152,10 +152,12 @@ def normal_equations(layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], i
     return equations.normal()
 
 
-def own_equations(model: nn.Module, found: Mapping[str, nn.Conv2d], images: Sequence[Tensor]) -> dict[str, Normal]:
-    """For each layer the normal equations that its own outputs in `model` are the solution of; in one pass."""
+def own_equations(
+    model: nn.Module, found: Mapping[str, nn.Conv2d], calls: Mapping[str, int], images: Sequence[Tensor]
+) -> dict[str, Normal]:
+    """For each layer, called so often, the normal equations whose solution is its own weights; in one pass."""
     total = sum(len(batch) for batch in images)
-    each = {name: Equations(layer, total, layer.bias is not None) for name, layer in found.items()}
+    each = {name: Equations(layer, calls[name] * total, layer.bias is not None) for name, layer in found.items()}
 
     def add(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         return lambda _, inputs, output: each[name].add(inputs[0].detach(), output.detach())

@@ -42,6 +42,7 @@ SOURCES = (
     "lower",
     "allocate.py",
     "gate.py",
+    "measure",
     "reconstruct.py",
     "stage.py",
     "substitute.py",

@@ -68,9 +68,14 @@ def fit(model: nn.Module, task: Task, work: Work, settings: FineTune) -> tuple[n
     ends in the same bytes.
 
     Raises:
-        ConfigError: distillation without a base model.
+        ConfigError: distillation without a base model, frozen batch norm without any.
         TrainingError: the loss or a weight is no longer finite; the last good state stays in `work.folder`.
     """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if settings.batch_norm == "frozen" and not norms:
+        raise ConfigError(
+            "`batch_norm` (=frozen) has nothing to freeze: the model has no batch norm; leave it at train."
+        )
     model = _channels_last(model.to(task.device))
     run = _Run(model, task, settings)
     state = work.folder / "state.safetensors"
@@ -82,7 +87,7 @@ def fit(model: nn.Module, task: Task, work: Work, settings: FineTune) -> tuple[n
         started, total, right, seen = time.perf_counter(), 0.0, 0, 0
         model.train()
         if settings.batch_norm == "frozen":
-            for norm in (module for module in model.modules() if isinstance(module, _BatchNorm)):
+            for norm in norms:
                 norm.eval()
         for step, (x, y) in enumerate(task.train.epoch(work.seed(task.seed, "batches", epoch))):
             loss, correct = run.step(x.to(task.device), y.to(task.device), epoch + step / steps)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from awkward import noise_task
+from awkward import AWKWARD, noise_task
 from torch import nn
 
 from compress.allocate import Choice, harm, share_out
 from compress.errors import ConfigError
 from compress.nn.shift import ShiftConv2d
-from compress.reconstruct import normal_equations, own_equations, plain_images, seen_by
+from compress.reconstruct import own_equations, plain_images, solve
 from compress.stages import Shift
 from compress.task import Work
 from compress.train import divergence
@@ -79,12 +79,12 @@ def test_harm_is_the_divergence_with_the_layer_changed_and_nothing_else() -> Non
 def test_equations_of_all_layers_in_one_pass() -> None:
     model, images = net(), plain_images(noise_task().calibration, 32, torch.device("cpu"))
     found = {str(n): model[n] for n in (0, 2)}
-    for name, normal in own_equations(model, found, images).items():
+    for name, normal in own_equations(model, found, dict.fromkeys(found, 1), images).items():
         layer = found[name]
-        pairs = [pair for batch in images for pair in seen_by(model, layer, 1, batch)]
-        alone = normal_equations(layer, pairs, sum(map(len, images)), bias=True)
-        torch.testing.assert_close(normal.gram, alone.gram)
-        torch.testing.assert_close(normal.cross, alone.cross)
+        solved = solve(normal, ridge=0.0)[0]
+        assert layer.bias is not None
+        torch.testing.assert_close(solved[:-1].mT.float(), layer.weight.flatten(1), rtol=0, atol=1e-3)
+        torch.testing.assert_close(solved[-1].float(), layer.bias, rtol=0, atol=1e-3)
 
 
 def test_a_shift_network_meets_its_budget_and_spends_it(tmp_path: Path) -> None:
@@ -104,7 +104,42 @@ def test_a_shift_network_meets_its_budget_and_spends_it(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_cannot_be_met_names_the_least(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`budget` \(=0.1\) must be at least 0\.\d+: so much is left"):
-        Shift(budget=0.1, images=32)(net(), noise_task(), Work(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"`budget` \(=0.1\) must be at least 0\.\d+: one tap everywhere leaves so much"
+    ) as caught:
+        Shift(budget=0.1, images=32).check(net())
+    least = float(str(caught.value).partition("at least ")[2].partition(":")[0])
+    Shift(budget=least, images=32)(net(), noise_task(), Work(tmp_path))
+    with pytest.raises(ConfigError, match="must be at least"):
+        Shift(budget=least - 0.002).check(net())
     with pytest.raises(ConfigError, match=r"`budget` \(=1.5\) must be a share"):
         Shift(budget=1.5)
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_a_budget_makes_no_layer_larger(name: str, tmp_path: Path) -> None:
+    model = AWKWARD[name]().eval()
+    sizes = {n: sum(p.numel() for p in layer.parameters()) for n, layer in model.named_modules()}
+    try:
+        edit = Shift(taps=4, budget=0.8, images=32)(model, noise_task(), Work(tmp_path))
+    except ConfigError as error:
+        assert "no layer was changed" in str(error) or "must be at least" in str(error) or "positions" in str(error)
+        return
+    for n, layer in edit.model.named_modules():
+        if isinstance(layer, ShiftConv2d):
+            assert sum(p.numel() for p in layer.parameters()) < sizes[n]
+    assert sum(p.numel() for p in edit.model.parameters()) <= 0.8 * sizes[""]
+
+
+def test_a_layer_that_is_never_called_keeps_its_share(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = net(), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.used(x)
+            return out
+
+    edit = Shift(taps=4, budget=0.8, images=32)(Net().eval(), noise_task(), Work(tmp_path))
+    assert set(edit.notes["taps"]) <= {"used.0", "used.2"} and edit.notes["parameters_left"] <= 0.8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from compress.errors import ConfigError
 from compress.gate import Gate
+from compress.nn.shift import ShiftConv2d
 from compress.stage import Keep
 from compress.stages import Shift
 from compress.task import Work
@@ -55,6 +57,28 @@ def test_a_measured_decision_is_stored_and_replayed(tmp_path: Path) -> None:
         else:
             with pytest.raises(Keep, match=f"{verdict}.* on onnxruntime: 1 ms -> {after_ms} ms"):
                 gate.require(convolution(5), convolution(3), X)
+
+
+def test_a_layer_with_several_forms_is_judged_by_the_one_that_a_file_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ms = {"before": 1.0, "dense": 1.0, "depthwise": 0.5}
+    judged = []
+
+    def timed(layers: dict[str, nn.Module], *_: object) -> dict[str, SimpleNamespace]:
+        if "before" in layers:
+            judged.append(layers["after"])
+        ratios = {name: ms.get(name, 0.5) for name in layers}
+        return {name: SimpleNamespace(p50_ms=r, ratio=r, ratio_high=r) for name, r in ratios.items()}
+
+    monkeypatch.setattr("compress.gate.timed", timed)
+    new = ShiftConv2d(64, 64, 3, 3, padding=1)
+    x = torch.randn(1, 64, 16, 16)
+    Gate("latency", Work(tmp_path)).require(nn.Conv2d(64, 64, 3, padding=1), new, x)
+    ms["depthwise"] = 0.95  # not 10 % faster than dense: the file stays with that
+    (tmp_path / "again").mkdir()
+    Gate("latency", Work(tmp_path / "again")).require(nn.Conv2d(64, 64, 3, padding=1), new, x)
+    assert [type(layer) for layer in judged] == [nn.Sequential, nn.Conv2d]
 
 
 def test_a_network_that_gets_no_cheaper_is_refused_with_the_figures(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class ShiftConv2d(nn.Module):
         self.normalize, self.lr_scale = normalize, lr_scale
         self.displacement = nn.Parameter(self._spread(positions), requires_grad=learn)
         self.pointwise = nn.Conv2d(in_channels * taps, out_channels, 1, groups=groups, bias=bias)
-        self._made: tuple[Tensor, Tensor] | None = None
+        self._made: tuple[Tensor, bool, Tensor] | None = None
 
     def _spread(self, positions: int) -> Tensor:
         """Every copy of a channel on a grid point of its own, the centre first, then row by row."""
@@ -127,12 +127,13 @@ class ShiftConv2d(nn.Module):
         now = self.displacement
         look = now.device.type == "cpu" and not torch.compiler.is_compiling()
         if look and self._made is not None:
-            before, kernel = self._made
-            if kernel.dtype == dtype and before.dtype == now.dtype and torch.equal(before, now):
+            before, rounded, kernel = self._made
+            same = (kernel.dtype, before.dtype, rounded) == (dtype, now.dtype, self.quantize)
+            if same and torch.equal(before, now):
                 return kernel
         with torch.inference_mode(False), torch.no_grad():
             kernel = taps(self._inside(), self.kernel_size, self.quantize).to(dtype)
-            self._made = (now.detach().clone(), kernel) if look else None
+            self._made = (now.detach().clone(), self.quantize, kernel) if look else None
         return kernel
 
     def _inside(self) -> Tensor:

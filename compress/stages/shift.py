@@ -30,8 +30,9 @@ Reference. Wu et al., CVPR 2018; Jeon & Kim, NeurIPS 2018; Chen et al., CVPR 201
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,15 @@ from compress.allocate import Choice, harm, share_out
 from compress.errors import ConfigError
 from compress.nn.shift import LEARNING_RATE_SCALE, ShiftConv2d
 from compress.nn.taps import window
-from compress.reconstruct import Normal, eliminate, own_equations, plain_images, relative_error, solve_kept
+from compress.reconstruct import (
+    Normal,
+    eliminate,
+    execution_order,
+    own_equations,
+    plain_images,
+    relative_error,
+    solve_kept,
+)
 from compress.stage import Edit, Keep
 from compress.substitute import Old, check_settings, substitute
 from compress.surgery import layers, left_out
@@ -88,6 +97,8 @@ class Shift:
         """Raise `ConfigError` for patterns that match nothing, and for kernels with fewer positions than `taps`."""
         found = layers(model, self.kinds)
         reasons = left_out(model, found, self.include, self.exclude)
+        if self.budget:
+            self._require_budget(model, self._chosen(model))
         small = [
             f"{name or 'the model itself'} has {positions}"
             for name, layer in found.items()
@@ -102,14 +113,21 @@ class Shift:
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)
+        before = _parameters(model)
         shared = self._shared_out(model, task, work) if self.budget else {}
 
         def start(old: Old) -> tuple[nn.Module, float]:
             taps = shared.get(old.name, self.taps)
+            if not taps:
+                raise Keep("within the budget as it is")
             return self._start(old, taps, work.seed(task.seed, "places", old.name))
 
-        notes: dict[str, Any] = {"taps": shared or self.taps}
-        return substitute(model, task, work, self, start, notes)
+        edit = substitute(model, task, work, self, start, {"taps": self.taps})
+        if not self.budget:
+            return edit
+        changed = {site.name: shared[site.name] for site in edit.sites if site.after is not None}
+        left = round(_parameters(edit.model) / before, 4)  # more than the budget where a gate kept layers
+        return replace(edit, notes={**edit.notes, "taps": changed, "budget": self.budget, "parameters_left": left})
 
     def _start(self, old: Old, taps: int, seed: int) -> tuple[nn.Module, float]:
         if math.prod(old.layer.kernel_size) == 1:
@@ -130,44 +148,51 @@ class Shift:
         return new, fit_shift(new, normal, self.ridge, places)
 
     def _shared_out(self, model: nn.Module, task: Task, work: Work) -> dict[str, int]:
-        """Taps for each layer, so that the model comes down to `budget` of its parameters with the least harm."""
-        found = layers(model, self.kinds)
-        reasons = left_out(model, found, self.include, self.exclude)
-        chosen: dict[str, nn.Conv2d] = {
-            name: layer
-            for name, layer in found.items()
-            if isinstance(layer, nn.Conv2d) and not reasons[name] and math.prod(layer.kernel_size) > 1
-        }
+        """Taps for each layer, so that the model comes down to `budget` of its parameters with the least harm.
+
+        0 taps is the convolution as it is, where that is within the budget.
+        """
+        reached = execution_order(model, layers(model, self.kinds), task.example.to(task.device))
+        chosen = {name: layer for name, layer in self._chosen(model).items() if name in reached}
+        self._require_budget(model, chosen)
         was_training = model.training
         model.eval()
-        images = plain_images(task.calibration, self.images, task.device)
         judges = plain_images(task.calibration, JUDGES, task.device)
         with torch.no_grad():
             wanted = [model(x) for x in judges]
-        normals = own_equations(model, chosen, images)
+        normals = own_equations(model, chosen, reached, plain_images(task.calibration, self.images, task.device))
         choices: dict[str, list[Choice]] = {}
         work.progress.start("how many taps each layer needs", len(chosen))
         for name, layer in chosen.items():
             work.progress.step(name)
             seed = work.seed(task.seed, "places", name)
-            fitted = [self._fitted(layer, n, normals[name], seed)[0].eval() for n in range(1, self.taps + 1)]
-            choices[name] = [
-                Choice(sum(p.numel() for p in new.parameters()), harm(model, layer, new, judges, wanted))
-                for new in fitted
-            ]
+            choices[name] = [Choice(sum(p.numel() for p in layer.parameters()), 0.0)]
+            for taps in range(1, self.taps + 1):
+                new = self._fitted(layer, taps, normals[name], seed)[0].eval()
+                choices[name].append(Choice(_size(layer, taps), harm(model, layer, new, judges, wanted)))
         work.progress.end()
         model.train(was_training)
-        before = sum(p.numel() for p in model.parameters())
-        others = before - sum(p.numel() for layer in chosen.values() for p in layer.parameters())
-        try:
-            taken = share_out(choices, int(self.budget * before) - others)
-        except ValueError:
-            least = (others + sum(each[0].cost for each in choices.values())) / before
+        return share_out(choices, int(self.budget * _parameters(model)) - _others(model, chosen))
+
+    def _chosen(self, model: nn.Module) -> dict[str, nn.Conv2d]:
+        """The convolutions that this stage is about to replace."""
+        found = layers(model, self.kinds)
+        reasons = left_out(model, found, self.include, self.exclude)
+        return {
+            name: layer
+            for name, layer in found.items()
+            if isinstance(layer, nn.Conv2d) and not reasons[name] and math.prod(layer.kernel_size) > 1
+        }
+
+    def _require_budget(self, model: nn.Module, chosen: Mapping[str, nn.Conv2d]) -> None:
+        before = _parameters(model)
+        cheapest = sum(min(_size(c, 1), sum(p.numel() for p in c.parameters())) for c in chosen.values())
+        least = _others(model, chosen) + cheapest
+        if chosen and int(self.budget * before) < least:
+            share = math.ceil(1000 * least / before) / 1000
             raise ConfigError(
-                f"`budget` (={self.budget}) must be at least {least:.3f}: so much is left of the model's {before:,} "
-                "parameters with one tap everywhere."
-            ) from None
-        return {name: i + 1 for name, i in taken.items()}
+                f"`budget` (={self.budget}) must be at least {share}: one tap everywhere leaves so much of {before:,}."
+            )
 
     def _empty(self, layer: nn.Conv2d, taps: int) -> ShiftConv2d:
         """A shift layer of the convolution's geometry, on its device, not yet fitted."""
@@ -189,6 +214,22 @@ class Shift:
             lr_scale=self.lr_scale,
         )
         return new.to(device=layer.weight.device, dtype=layer.weight.dtype)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _others(model: nn.Module, chosen: Mapping[str, nn.Conv2d]) -> int:
+    """Parameters that belong to none of the chosen layers."""
+    own = {id(parameter) for layer in chosen.values() for parameter in layer.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
+
+
+def _size(layer: nn.Conv2d, taps: int) -> int:
+    """Parameters of the shift layer that stands for a convolution: two numbers for each displacement."""
+    bias = 0 if layer.bias is None else layer.out_channels
+    return taps * layer.in_channels * (layer.out_channels // layer.groups + 2) + bias
 
 
 def copy_kernel(layer: nn.Conv2d, new: ShiftConv2d) -> None:
