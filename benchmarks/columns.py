@@ -226,8 +226,12 @@ def shift_torch(contents: list[Row]) -> str:
         "batch": lambda row: str(row["batch"]),
         "pointwise, ms": lambda row: f"{row['ms']['pointwise']:.3f}",
     }
-    for name in ("shift, 1 tap", "depthwise + pointwise", "3x3"):
-        columns[f"{name} / pointwise"] = lambda row, name=name: f"{row[f'{name} / pointwise']:.2f}"  # type: ignore[misc]
+
+    def share(key: str) -> Column:
+        return lambda row: f"{row[key]:.2f}"
+
+    shares = [f"{name} / pointwise" for name in ("shift, 1 tap", "depthwise + pointwise", "3x3")]
+    columns |= {key: share(key) for key in shares}
     caption = (
         f"{content['target']}; inference {content['inference']}, training step {content['training']}. "
         f"{machine(content)}. `python benchmarks/shift_torch.py`"

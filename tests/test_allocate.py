@@ -120,11 +120,8 @@ def test_a_budget_that_cannot_be_met_names_the_least(tmp_path: Path) -> None:
 def test_a_budget_makes_no_layer_larger(name: str, tmp_path: Path) -> None:
     model = AWKWARD[name]().eval()
     sizes = {n: sum(p.numel() for p in layer.parameters()) for n, layer in model.named_modules()}
-    try:
-        edit = Shift(taps=4, budget=0.8, images=32)(model, noise_task(), Work(tmp_path))
-    except ConfigError as error:
-        assert "no layer was changed" in str(error) or "must be at least" in str(error) or "positions" in str(error)
-        return
+    edit = Shift(taps=2, budget=0.8, images=32)(model, noise_task(), Work(tmp_path))
+    assert edit.notes["taps"]
     for n, layer in edit.model.named_modules():
         if isinstance(layer, ShiftConv2d):
             assert sum(p.numel() for p in layer.parameters()) < sizes[n]

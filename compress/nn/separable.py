@@ -28,7 +28,7 @@ class SeparableConv2d(nn.Module):
     within its group, belongs to kernel t of input channel c.
 
     Several kernels for each channel are trained as the one dense kernel that they make, where that is not very wide:
-    on ResNet-20's layers a step is then 3 to 9 times as fast, since no depthwise convolution with a multiplier is.
+    depthwise convolutions with a multiplier are slow on the CPU.
 
     Raises:
         ValueError: more kernels for a channel than the kernel has positions, or none; channels that do not divide
