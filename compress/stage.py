@@ -56,13 +56,23 @@ class Stage(Protocol):
 
 LEGAL = ""
 _QUANTIZED = "a quantized layer's integers belong to the weights it was calibrated with; move it before `{later}`"
+_CLUSTERED = (
+    "clustered weights share one table of values in a layer, which it would tear apart; move it before `{later}`"
+)
 _TWICE = "the model is quantized already; keep one of the two"
+_TWICE_CLUSTERED = "the weights are clustered already; keep one of the two"
 
+KINDS = ("substitute", "fold", "equalize", "cluster", "quantize", "correct", "finetune")
+_REFUSED = {
+    "cluster": {"substitute": _CLUSTERED, "equalize": _CLUSTERED, "cluster": _TWICE_CLUSTERED},
+    "quantize": {
+        **dict.fromkeys(("substitute", "fold", "equalize", "cluster"), _QUANTIZED),
+        "quantize": _TWICE,
+    },
+}
 # ORDER[earlier][later]: LEGAL, or why `later` may not come at any time after `earlier`.
 ORDER: dict[str, dict[str, str]] = {
-    "substitute": {"substitute": LEGAL, "quantize": LEGAL, "finetune": LEGAL},
-    "quantize": {"substitute": _QUANTIZED, "quantize": _TWICE, "finetune": LEGAL},
-    "finetune": {"substitute": LEGAL, "quantize": LEGAL, "finetune": LEGAL},
+    earlier: {later: _REFUSED.get(earlier, {}).get(later, LEGAL) for later in KINDS} for earlier in KINDS
 }
 
 
