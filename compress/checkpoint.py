@@ -20,7 +20,7 @@ from compress.blueprint import Parts, assemble, describe
 from compress.constructors import Build, build_base, canonical_build, foreign
 from compress.errors import CheckpointError, UserError
 from compress.files import write
-from compress.packing import Slot, decoded_bytes, fill_state, pack_state, plain_name, state_of, times_scale
+from compress.packing import Slot, decoded_bytes, fill_state, pack_state, plain_name, state_of
 from compress.sealed import FORMAT, FORMS, read_bytes, require_folder, seal, unseal
 from compress.surgery import is_ours
 
@@ -139,12 +139,10 @@ def _drop_latent(model: nn.Module) -> dict[str, Tensor]:
             continue
         latent = chain.original.detach().clone()
         used = chain().detach() + 0.0
-        last = chain[-1]
-        scale: Any = getattr(last, "scale", None)
-        to_integers: Any = getattr(last, "integers", None)
-        if isinstance(scale, Tensor) and callable(to_integers):
-            integers = to_integers(used)
-            if _settles(chain, times_scale(integers, scale, used.dtype), used):
+        last: Any = chain[-1]
+        if hasattr(last, "integer_dtype"):
+            integers = last.integers(used)
+            if _settles(chain, last.values(integers, used.dtype), used):
                 grid[plain_name(path)] = integers
                 continue
         if not _settles(chain, used, used):

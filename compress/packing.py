@@ -2,7 +2,7 @@
 
 Weights (of two or more dimensions, called `weight`) stand under their own names. All smaller tensors of a type stand
 one after the other, in the order of the state, in one tensor called "/<type>", and in "/<type>/whole" those floats
-that are whole numbers. Weights whose last parametrization has a `scale` and `integers()` are stored as these integers.
+that are whole numbers. Weights whose last parametrization has `integers()` and `values()` are stored as these integers.
 """
 
 from __future__ import annotations
@@ -130,12 +130,11 @@ def fill_state(state: Mapping[str, Slot], content: Mapping[str, Any], tensors: M
         dtype = _DTYPES[dtypes[name]] if name in dtypes else slot.tensor.dtype
         if _has_own_name(name, slot.tensor):
             codec = dict(codecs.get(name, {}))
-            on_grid = codec.pop("scaled", False) is True
-            value = _unpacked(tensors, name, codec, tuple(slot.tensor.shape), torch.int8 if on_grid else dtype)
-            if on_grid:
-                scaled[name] = value
+            shape = tuple(slot.tensor.shape)
+            if codec.pop("scaled", False) is True:
+                scaled[name] = _unpacked(tensors, name, codec, shape, _grid(name, slot).integer_dtype)
             else:
-                _put(slot, value)
+                _put(slot, _unpacked(tensors, name, codec, shape, dtype))
         else:
             group = f"/{str(dtype).removeprefix('torch.')}" + ("/whole" if name in whole else "")
             small.setdefault((group, dtype), []).append(slot)
@@ -147,11 +146,17 @@ def fill_state(state: Mapping[str, Slot], content: Mapping[str, Any], tensors: M
     if tensors:
         raise CheckpointError(f"holds tensors that the model has no place for: {', '.join(sorted(tensors)[:4])}.")
     for name, integers in scaled.items():
-        chain = state[name].holders[0][0]
-        scale = getattr(chain[-1], "scale", None) if isinstance(chain, ParametrizationList) else None
-        if not isinstance(scale, Tensor) or scale.numel() not in (1, integers.shape[0]):
-            raise CheckpointError(f"the tensor `{name}` is stored as integers, but has no scale.")
-        _put(state[name], times_scale(integers, scale, state[name].tensor.dtype))
+        # Only now: the scales are filled too.
+        _put(state[name], _grid(name, state[name]).values(integers, state[name].tensor.dtype))
+
+
+def _grid(name: str, slot: Slot) -> Any:
+    """The parametrization that says what the integers of a weight stand for."""
+    chain = slot.holders[0][0]
+    grid: Any = chain[-1] if isinstance(chain, ParametrizationList) else None
+    if not hasattr(grid, "integer_dtype") or slot.tensor.numel() % grid.channels:
+        raise CheckpointError(f"the tensor `{name}` is stored as integers, but has no scales that fit.")
+    return grid
 
 
 def _unpacked(
@@ -182,8 +187,3 @@ def _put(slot: Slot, value: Tensor) -> None:
         new = nn.Parameter(value, requires_grad=slot.tensor.requires_grad)
     for module, store, key in slot.holders:
         getattr(module, store)[key] = new
-
-
-def times_scale(integers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`integers` times a `scale` that is one number or one for each of the first axis."""
-    return integers.to(dtype) * scale.to(dtype).reshape(-1, *[1] * (integers.dim() - 1))

@@ -65,6 +65,22 @@ def matching(names: Sequence[str], include: Iterable[str], exclude: Iterable[str
     return reasons
 
 
+def by_pattern(setting: str, patterns: Iterable[str], names: Sequence[str]) -> dict[str, str]:
+    """Name -> the first of the shell wildcards `patterns` that matches it; names that none matches are left out.
+
+    Raises:
+        ConfigError: a pattern that matches none of the names; `setting` is what the patterns were given as.
+    """
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"`{setting}` has the pattern {pattern!r}, which matches no layer; the layers are: {_some(names)}."
+            )
+    first = {name: next((p for p in patterns if fnmatchcase(name, p)), None) for name in names}
+    return {name: pattern for name, pattern in first.items() if pattern is not None}
+
+
 def _some(names: Sequence[str], most: int = 12) -> str:
     shown = ", ".join(name or "(the model itself)" for name in names[:most])
     return shown + (f", ... ({len(names)} in all)" if len(names) > most else "") if names else "none of this kind"

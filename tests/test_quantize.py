@@ -253,7 +253,7 @@ def test_excluded_layers_and_what_only_they_read_stay_float(tmp_path: Path) -> N
         quantize(warm(resnet20()), tmp_path, exclude=["*"])
 
 
-def test_layers_of_ours_are_quantized_inside_unless_they_move_by_fractions(tmp_path: Path) -> None:
+def test_layers_of_ours_are_quantized_inside_and_refused_where_they_move_by_fractions(tmp_path: Path) -> None:
     model = nn.Sequential(
         ShiftConv2d(3, 8, 3, 4, padding=1),
         nn.ReLU(),
@@ -264,9 +264,11 @@ def test_layers_of_ours_are_quantized_inside_unless_they_move_by_fractions(tmp_p
         nn.Identity(),
     )
     model[2].displacement.data.add_(0.3)
-    edit = quantize(model.eval(), tmp_path)
+    with pytest.raises(ConfigError, match=r"2: displaced by fractions of a pixel.*or put the names into `exclude`"):
+        quantize(model.eval(), tmp_path)
+    edit = quantize(model.eval(), tmp_path, exclude=["2"])
     assert isinstance(edit.model.get_submodule("0").pointwise.parametrizations.weight[0], FakeQuantizeWeight)
-    assert "fractions of a pixel" in edit.sites[1].why and edit.sites[1].after is None
+    assert edit.sites[1].after is None
 
 
 def test_nan_in_calibration_names_the_place(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from compress.nn.places import trace
-from compress.surgery import kind, output_layers, replace
+from compress.stage import Keep
+from compress.surgery import layers, output_layers, replace
 
 
 def fold_batch_norm(model: nn.Module) -> list[tuple[str, str]]:
@@ -19,34 +20,59 @@ def fold_batch_norm(model: nn.Module) -> list[tuple[str, str]]:
     It computes what it computed in evaluation mode. A model that cannot be traced keeps its norms: who reads what is
     not known then. So do convolutions or norms that are called twice, and norms without running statistics.
     """
+    return fold_or_keep(model)[0]
+
+
+def fold_or_keep(model: nn.Module) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """As `fold_batch_norm`; gives back the pairs, and for each `BatchNorm2d` that is left the reason."""
+    names = {id(norm): name for name, norm in layers(model, (nn.BatchNorm2d,)).items()}
     try:
         graph = trace(model)
-    except ValueError:
-        return []
+    except ValueError as error:
+        return [], dict.fromkeys(names.values(), f"who reads what is not known: {error}")
     calls = Counter(id(model.get_submodule(str(n.target))) for n in graph.nodes if n.op == "call_module")
+    kept = dict.fromkeys(names.values(), "never reached by the forward pass")
     folded = []
     for node in graph.nodes:
-        pair = _pair(node, model, calls)
-        if pair is None:
+        norm = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if norm is None or id(norm) not in names:
             continue
-        source, norm = pair
-        if _fold(_convolutions(model.get_submodule(source)), model.get_submodule(norm)):
-            old = model.get_submodule(norm)
-            replace(model, old, nn.Identity().train(old.training))
-            folded.append(pair)
-    return folded
+        try:
+            source = _source(node, model, calls)
+            _fold(source, model, norm)
+        except Keep as reason:
+            kept[names[id(norm)]] = str(reason)
+            continue
+        replace(model, norm, nn.Identity().train(norm.training))
+        folded.append((source, str(node.target)))
+        del kept[names[id(norm)]]
+    return folded, kept
 
 
-def _pair(node: fx.Node, model: nn.Module, calls: Counter[int]) -> tuple[str, str] | None:
-    if node.op != "call_module" or len(node.all_input_nodes) != 1:
-        return None
-    norm, source = model.get_submodule(str(node.target)), node.all_input_nodes[0]
-    if kind(norm) is not nn.BatchNorm2d or source.op != "call_module" or len(source.users) != 1:
-        return None
-    layer = model.get_submodule(str(source.target))
-    if calls[id(norm)] > 1 or calls[id(layer)] > 1 or not _convolutions(layer):
-        return None
-    return str(source.target), str(node.target)
+def shown(node: fx.Node) -> str:
+    """A traced node for people: "layer1.0.conv1", "`add` in layer1.0", "the model's input"."""
+    if node.op == "placeholder":
+        return "the model's input"
+    if node.op == "output":
+        return "the model's output"
+    path, operator, _ = str(node.meta["place"]).split(":")
+    return path if node.op == "call_module" else f"`{operator}`" + (f" in {path}" if path else "")
+
+
+def _source(node: fx.Node, model: nn.Module, calls: Counter[int]) -> str:
+    """The name of the layer whose output only this norm reads."""
+    if calls[id(model.get_submodule(str(node.target)))] > 1:
+        raise Keep("called several times, behind different tensors")
+    source = node.all_input_nodes[0]
+    layer = model.get_submodule(str(source.target)) if source.op == "call_module" else None
+    if layer is None or not _convolutions(layer):
+        raise Keep(f"it reads {shown(source)}, which is no convolution")
+    if calls[id(layer)] > 1:
+        raise Keep(f"{shown(source)} in front of it is called several times")
+    if len(source.users) != 1:
+        others = ", ".join(shown(reader) for reader in source.users if reader is not node)
+        raise Keep(f"{others} reads {shown(source)} in front of it too")
+    return str(source.target)
 
 
 def _convolutions(layer: nn.Module) -> tuple[nn.Conv2d, ...]:
@@ -54,10 +80,11 @@ def _convolutions(layer: nn.Module) -> tuple[nn.Conv2d, ...]:
 
 
 @torch.no_grad()
-def _fold(convolutions: tuple[nn.Conv2d, ...], norm: nn.Module) -> bool:
+def _fold(source: str, model: nn.Module, norm: nn.Module) -> None:
     assert isinstance(norm, nn.BatchNorm2d)
+    convolutions = _convolutions(model.get_submodule(source))
     if norm.running_mean is None or norm.running_var is None:
-        return False
+        raise Keep("it has no running statistics")
     factor = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
         factor = factor * norm.weight
@@ -70,17 +97,16 @@ def _fold(convolutions: tuple[nn.Conv2d, ...], norm: nn.Module) -> bool:
         scales.append(slice(start, start + convolution.out_channels))
         start += convolution.out_channels
     if start != norm.num_features:
-        return False
+        raise Keep(f"{source} in front of it gives {start} channels, it normalises {norm.num_features}")
     before = [convolution.weight.clone() for convolution in convolutions]
     for convolution, weight, part in zip(convolutions, before, scales, strict=True):
         if not _set_weight(convolution, weight * factor[part].view(-1, 1, 1, 1)):
             for changed, old in zip(convolutions, before, strict=True):
                 _set_weight(changed, old)
-            return False
+            raise Keep(f"the parametrized weights of {source} in front of it cannot take up its scale")
     for convolution, part in zip(convolutions, scales, strict=True):
         old = torch.zeros_like(shift[part]) if convolution.bias is None else convolution.bias
         convolution.bias = nn.Parameter(old * factor[part] + shift[part])
-    return True
 
 
 def _set_weight(convolution: nn.Conv2d, weight: Tensor) -> bool:

@@ -128,4 +128,7 @@ def _scale(layer: nn.Module) -> Tensor | None:
     if not parametrize.is_parametrized(layer, "weight"):
         return None
     last = list(layer.parametrizations.weight)[-1]  # type: ignore[union-attr,arg-type]  # untyped in torch
-    return last.scale if isinstance(last, FakeQuantizeWeight) else None
+    outputs = len(layer.weight)  # type: ignore[arg-type]  # a tensor
+    if not isinstance(last, FakeQuantizeWeight) or last.channels not in (1, outputs):
+        return None
+    return last.scale.detach().expand(outputs)

@@ -83,7 +83,7 @@ def _round_bias(layer: nn.Module, input_scale: float) -> None:
     if bias is None or not parametrize.is_parametrized(layer, "weight"):
         return
     grid = layer.parametrizations.weight[-1]  # type: ignore[index,union-attr]  # a list, where there are any
-    if isinstance(grid, FakeQuantizeWeight):
+    if isinstance(grid, FakeQuantizeWeight) and grid.channels in (1, len(bias)):
         unit = input_scale * grid.finest_scale
         bias.copy_((bias.double() / unit.double()).round().float() * unit)
 

@@ -1,26 +1,38 @@
 """The stages, one file each; a recipe names them as `compress.stages.NAME`."""
 
+from compress.stages.ada_round import AdaRound
+from compress.stages.cluster import Cluster
 from compress.stages.convert_shift import ConvertShift
+from compress.stages.correct_bias import CorrectBias
+from compress.stages.equalize import Equalize
 from compress.stages.finetune import FineTune
 from compress.stages.fire import Fire
+from compress.stages.fold_batch_norm import FoldBatchNorm
 from compress.stages.freeze_shifts import FreezeShifts
 from compress.stages.group import Group
 from compress.stages.invert import Invert
 from compress.stages.pool_head import PoolHead
 from compress.stages.quantize import Quantize
+from compress.stages.reestimate_batch_norm import ReestimateBatchNorm
 from compress.stages.separable import Separable
 from compress.stages.shift import Shift
 from compress.stages.squeeze_excite import SqueezeExcite
 
 __all__ = [
+    "AdaRound",
+    "Cluster",
     "ConvertShift",
+    "CorrectBias",
+    "Equalize",
     "FineTune",
     "Fire",
+    "FoldBatchNorm",
     "FreezeShifts",
     "Group",
     "Invert",
     "PoolHead",
     "Quantize",
+    "ReestimateBatchNorm",
     "Separable",
     "Shift",
     "SqueezeExcite",
