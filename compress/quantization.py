@@ -196,6 +196,8 @@ def _kept(found: Mapping[str, nn.Module], plan: Plan) -> dict[str, str]:
     for name, layer in found.items():
         if not kept[name] and not weighted(layer):
             kept[name] = "it only displaces its input: there are no weights to quantize"
+        elif not kept[name] and not any(bool(inner.weight.any()) for inner in weighted(layer)):  # type: ignore[operator]  # a tensor
+            kept[name] = "its weights are all zero, so that it gives nothing to find a range from; train it first"
         elif not kept[name] and getattr(layer, "integer", True) is False:
             fractional.append(name)
     if fractional:

@@ -26,19 +26,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from compress.errors import ConfigError
 from compress.lower.tensors import round_biases
-from compress.nn.geometry import spatial_config
 from compress.nn.quantized import FakeQuantizeWeight
 from compress.nn.shift import ShiftConv2d
-from compress.nn.taps import taps
 from compress.quantization import own_grid, without_grids
-from compress.reconstruct import Equations, execution_order, plain_images, seen_by
-from compress.rounding import Integers, Output, fitted_scale, rounded
+from compress.reconstruct import execution_order, plain_images, seen_by
+from compress.rounding import LayerRounding, weight_holder
 from compress.stage import Edit, Site
 from compress.surgery import describe, is_ours, kind, leaves, matching, require_change
 from compress.task import Task, Work
@@ -66,13 +63,13 @@ class AdaRound:
             raise ConfigError(f"`ridge` (={self.ridge}) must be a finite number, 0 or more.")
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
+        found = {name: layer for name, layer in leaves(model) if kind(layer) in self.kinds or is_ours(layer)}
+        kept = matching(list(found), self.include, self.exclude)
         if not any(isinstance(module, FakeQuantizeWeight) for module in model.modules()):
             raise ConfigError("the model's weights are not quantized; put `AdaRound` behind `Quantize`.")
         was_training = model.training
         model.eval()
         reference = without_grids(model)
-        found = {name: layer for name, layer in leaves(model) if kind(layer) in self.kinds or is_ours(layer)}
-        kept = matching(list(found), self.include, self.exclude)
         calls = execution_order(model, found, task.example.to(task.device))
         tied = _tied(model)
         for name, layer in found.items():
@@ -83,13 +80,13 @@ class AdaRound:
         work.progress.start("round", len(taken))
         for name in taken:
             work.progress.step(name)
-            problem = _Layer(found[name], calls[name] * sum(map(len, images)))
+            problem = LayerRounding(found[name], calls[name] * sum(map(len, images)))
             for batch in images:
                 now = seen_by(model, found[name], calls[name], batch)
                 then = seen_by(reference, reference.get_submodule(name), calls[name], batch)
                 for (x, _), (_, y) in zip(now, then, strict=True):
                     problem.add(x, y)
-            errors[name] = problem.round(self.ridge, self.scales, self.sweeps)
+            errors[name] = self._round(problem)
         work.progress.end()
         round_biases(model)
         sites = tuple(
@@ -106,6 +103,18 @@ class AdaRound:
         }
         return Edit(model.train(was_training), sites, notes)
 
+    def _round(self, problem: LayerRounding) -> tuple[float, float]:
+        """Set the layer's weights and bias; gives back the output's relative error, to nearest and as chosen."""
+        grid = own_grid(problem.holder)
+        assert grid is not None
+        chosen = problem.chosen(grid, self.ridge, self.scales, self.sweeps)
+        problem.holder.parametrizations.weight.original.data.copy_(chosen.weight)  # type: ignore[operator,union-attr]  # there, as it has a grid
+        if grid.step == "follow":
+            grid.step = "fixed"
+        if chosen.bias is not None:
+            problem.holder.bias.data.copy_(chosen.bias)  # type: ignore[union-attr]  # it is what was solved for
+        return chosen.error_of_nearest, chosen.error
+
 
 def _tied(model: nn.Module) -> set[int]:
     """Weights (by id) that several layers share."""
@@ -116,7 +125,7 @@ def _tied(model: nn.Module) -> set[int]:
 
 
 def _why_kept(layer: nn.Module, calls: int, tied: set[int]) -> str:
-    inner = _weighted(layer)
+    inner = weight_holder(layer)
     if inner is None:
         return "it has no weights that could be rounded another way"
     if not any(isinstance(module, FakeQuantizeWeight) for module in layer.modules()):
@@ -126,89 +135,3 @@ def _why_kept(layer: nn.Module, calls: int, tied: set[int]) -> str:
     if id(inner.parametrizations.weight.original) in tied:  # type: ignore[union-attr]  # there, as it has a grid
         return "it shares its weights with another layer"
     return "" if calls else "never reached by the forward pass"
-
-
-def _weighted(layer: nn.Module) -> nn.Conv2d | nn.Linear | None:
-    """The module whose weights make this layer's output."""
-    inner = layer.pointwise if isinstance(layer, ShiftConv2d) else layer
-    return inner if isinstance(inner, nn.Conv2d | nn.Linear) else None
-
-
-class _Layer:
-    """A quantized layer as the problem of rounding it: what it sees, and what it should give for that."""
-
-    def __init__(self, layer: nn.Module, images: int) -> None:
-        inner = _weighted(layer)
-        assert inner is not None
-        grid = own_grid(inner)
-        assert grid is not None
-        self.layer, self.inner, self.grid = layer, inner, grid
-        self.bias = inner.bias
-        self.groups = 1 if isinstance(layer, nn.Linear) else int(layer.groups)  # type: ignore[arg-type]
-        self.equations = Equations(_convolution(layer), images, self.bias is not None)
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in a batch: the layer's input, and the output wanted for it."""
-        if isinstance(self.layer, nn.Linear):  # a pointwise convolution over whatever lies between
-            x, y = (z.reshape(len(z), -1, z.shape[-1]).mT.unsqueeze(-1) for z in (x, y))
-        self.equations.add(x, y)
-
-    def round(self, ridge: float, scales: bool, sweeps: int) -> tuple[float, float]:
-        """Set weights and bias; gives back the relative squared error of the output, rounded to nearest and now."""
-        normal = self.equations.normal()
-        rows = self._features().unsqueeze(2)
-        gram = normal.gram.take_along_dim(rows, 1)
-        constant, count, wanted = gram[:, :, -1:], normal.gram[:, -1:, -1:], normal.cross[:, -1:]
-        gram = gram.take_along_dim(rows.mT, 2)
-        cross, power = normal.cross.take_along_dim(rows, 1), float(normal.power.sum())
-        if self.bias is not None:
-            gram = gram - constant @ constant.mT / count
-            cross = cross - constant @ wanted / count
-            power -= float((wanted.square() / count).sum())
-        latent = self.inner.parametrizations.weight.original  # type: ignore[union-attr]  # there, as it has a grid
-        assert isinstance(latent, Tensor)
-        output = Output(gram, cross, self._by_feature(latent), power)
-        integers = self._integers(latent)
-        before = output.error(integers.of(output.start) * integers.scale)
-        if scales and self.grid.channels == len(latent):
-            self.grid.set_scale(fitted_scale(output, integers, ridge).flatten().to(self.grid.scale))
-            integers = self._integers(latent)
-        chosen = rounded(output, integers, ridge, sweeps)
-        weights = chosen * integers.scale
-        by_output = chosen.mT.reshape(latent.shape).to(self.grid.integer_dtype)
-        latent.data.copy_(self.grid.values(by_output.to(latent.device), latent.dtype))
-        if self.grid.step == "follow":
-            self.grid.step = "fixed"
-        if self.bias is not None:
-            self.bias.data.copy_(((wanted - constant.mT @ weights) / count).flatten())
-        return before, output.error(weights)
-
-    def _integers(self, latent: Tensor) -> Integers:
-        each = (self.grid.scale.detach(), *self.grid.bounds)
-        scale, low, high = (self._by_feature(self.grid.spread(one, latent)) for one in each)
-        return Integers(scale, low, high, self.grid.nearest)
-
-    def _by_feature(self, weight: Tensor) -> Tensor:
-        """(O, F, ...) -> (groups, F, O / groups), in float64 on the CPU, where the equations are."""
-        return weight.detach().cpu().double().reshape(self.groups, len(weight) // self.groups, -1).mT
-
-    def _features(self) -> Tensor:
-        """Which of the window positions of each group's channels the weights belong to: (groups, F)."""
-        layer = self.layer
-        if not isinstance(layer, ShiftConv2d):
-            return torch.arange(self.inner.weight[0].numel()).expand(self.groups, -1)
-        places = taps(layer.displacement.detach(), layer.kernel_size, True).flatten(2).argmax(-1).cpu()
-        places = places.view(self.groups, -1, layer.taps)
-        channels = torch.arange(places.shape[1]).unsqueeze(1)
-        return (channels * math.prod(layer.kernel_size) + places).flatten(1)
-
-
-def _convolution(layer: nn.Module) -> nn.Conv2d:
-    """A convolution of this layer's geometry."""
-    if isinstance(layer, nn.Conv2d):
-        return layer
-    with torch.device("meta"):
-        if isinstance(layer, nn.Linear):
-            return nn.Conv2d(layer.in_features, layer.out_features, 1)
-        assert isinstance(layer, ShiftConv2d)
-        return nn.Conv2d(layer.in_channels, layer.out_channels, **spatial_config(layer), groups=layer.groups)
