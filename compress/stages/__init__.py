@@ -11,6 +11,7 @@ from compress.stages.fold_batch_norm import FoldBatchNorm
 from compress.stages.freeze_shifts import FreezeShifts
 from compress.stages.group import Group
 from compress.stages.invert import Invert
+from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.pool_head import PoolHead
 from compress.stages.quantize import Quantize
 from compress.stages.reestimate_batch_norm import ReestimateBatchNorm
@@ -30,6 +31,7 @@ __all__ = [
     "FreezeShifts",
     "Group",
     "Invert",
+    "MixedPrecision",
     "PoolHead",
     "Quantize",
     "ReestimateBatchNorm",
