@@ -32,6 +32,7 @@ from compress.stages import (
     FineTune,
     Fire,
     FoldBatchNorm,
+    FreezeRanges,
     FreezeShifts,
     Group,
     Invert,
@@ -59,6 +60,7 @@ QUICK: dict[str, Stage] = {
     "FineTune": FineTune(epochs=1, lr=0.01),
     "Fire": Fire(images=16),
     "FoldBatchNorm": FoldBatchNorm(),
+    "FreezeRanges": FreezeRanges(),
     "FreezeShifts": FreezeShifts(),
     "Group": Group(images=16),
     "Invert": Invert(images=16),
@@ -93,7 +95,7 @@ def with_what_they_need(stages: dict[str, Stage]) -> dict[str, Stage]:
     """The stages, with a `Quantize` in front of the first that wants a quantized model."""
     given: dict[str, Stage] = {}
     for name, stage in stages.items():
-        if isinstance(stage, AdaRound | CorrectBias) and not any(
+        if isinstance(stage, AdaRound | CorrectBias | FreezeRanges) and not any(
             isinstance(before, Quantize) for before in given.values()
         ):
             given["needed"] = QUICK["Quantize"]

@@ -8,6 +8,7 @@ from compress.stages.equalize import Equalize
 from compress.stages.finetune import FineTune
 from compress.stages.fire import Fire
 from compress.stages.fold_batch_norm import FoldBatchNorm
+from compress.stages.freeze_ranges import FreezeRanges
 from compress.stages.freeze_shifts import FreezeShifts
 from compress.stages.group import Group
 from compress.stages.invert import Invert
@@ -28,6 +29,7 @@ __all__ = [
     "FineTune",
     "Fire",
     "FoldBatchNorm",
+    "FreezeRanges",
     "FreezeShifts",
     "Group",
     "Invert",
