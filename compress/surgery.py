@@ -200,5 +200,8 @@ def require_change(sites: Sequence[Site]) -> None:
         return
     if not sites:
         raise ConfigError("the stage found no layer of a kind it handles, so it would change nothing.")
-    reasons = sorted({f"{site.why} (e.g. {site.name or 'the model itself'})" for site in sites})
+    first: dict[str, str] = {}
+    for site in sites:
+        first.setdefault(site.why, site.name or "the model itself")
+    reasons = sorted(f"{why} (e.g. {name})" for why, name in first.items())
     raise ConfigError("the stage would change nothing; every layer was kept: " + "; ".join(reasons) + ".")

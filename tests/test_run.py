@@ -73,9 +73,9 @@ QUICK: dict[str, Stage] = {
     "SqueezeExcite": SqueezeExcite(),
 }
 
-# After the first of these the second finds nothing to do: no norm, or no layer with one neighbour.
+# After the first of these the second finds nothing to do: no norm, no layer with one neighbour, no weight of its own.
 IDLE = {("Equalize", "Equalize"), ("Equalize", "FoldBatchNorm"), ("FoldBatchNorm", "FoldBatchNorm")}
-IDLE |= {(first, "Equalize") for first in ("Fire", "Group", "PoolHead", "Shift")}
+IDLE |= {("Cluster", "AdaRound")} | {(first, "Equalize") for first in ("Fire", "Group", "PoolHead", "Shift")}
 REPLACING = {"Fire", "Group", "Invert", "Separable", "Shift"}  # every convolution that they can
 
 
