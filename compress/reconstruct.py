@@ -7,6 +7,7 @@ original layer had in the original network. Errors of earlier layers are thereby
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.task import Batches
+from compress.walk import Walk
 
 ROWS = 1 << 19  # at most so many (image, position) pairs a layer: more change nothing but the time
 
@@ -74,21 +76,39 @@ def plain_images(batches: Batches, images: int, device: torch.device) -> list[Te
     return taken
 
 
-@dataclass(frozen=True)
 class Pairs:
-    """What a layer sees in the network as compressed so far, and what the original one gave, image batch by batch."""
+    """What a layer sees in the network as compressed so far, and what the original one gave, image batch by batch.
 
-    model: nn.Module
-    original: nn.Module
-    images: Sequence[Tensor]
+    Layers that are asked for in the order of the forward pass cost one pass together; others, or those of a network
+    that cannot be traced, one each.
+    """
+
+    def __init__(self, model: nn.Module, original: nn.Module, images: Sequence[Tensor]) -> None:
+        self.model, self.original, self.images = model, original, images
+        self._walks: tuple[Walk, Walk] | None = None
+        self._tried = False
 
     def of(self, layer: nn.Module, original: nn.Module, calls: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(input of `layer` in the model, output of `original` in the original model)."""
+        walked = self._walked(layer, original) if calls == 1 else None
+        if walked is not None:
+            yield from walked
+            return
         for batch in self.images:
             now = seen_by(self.model, layer, calls, batch)
             then = seen_by(self.original, original, calls, batch)
             for (x, _), (_, y) in zip(now, then, strict=True):
                 yield x, y
+
+    def _walked(self, layer: nn.Module, original: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
+        if not self._tried:
+            self._tried = True
+            with contextlib.suppress(ValueError):
+                self._walks = Walk(self.model, self.images), Walk(self.original, self.images)
+        if self._walks is None:
+            return None
+        inputs, outputs = self._walks[0].inputs(layer), self._walks[1].outputs(original)
+        return None if inputs is None or outputs is None else list(zip(inputs, outputs, strict=True))
 
 
 @dataclass(frozen=True)

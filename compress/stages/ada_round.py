@@ -34,7 +34,7 @@ from compress.lower.tensors import round_biases
 from compress.nn.quantized import FakeQuantizeWeight
 from compress.nn.shift import ShiftConv2d
 from compress.quantization import own_grid, without_grids
-from compress.reconstruct import execution_order, plain_images, seen_by
+from compress.reconstruct import Pairs, execution_order, plain_images
 from compress.rounding import LayerRounding, weight_holder
 from compress.stage import Edit, Site
 from compress.surgery import describe, is_ours, kind, leaves, matching, require_change
@@ -75,17 +75,15 @@ class AdaRound:
         for name, layer in found.items():
             kept[name] = kept[name] or _why_kept(layer, calls.get(name, 0), tied)
         images = plain_images(task.calibration, self.images, task.device)
+        pairs = Pairs(model, reference, images)
         taken = [name for name in calls if not kept[name]]
         errors: dict[str, tuple[float, float]] = {}
         work.progress.start("round", len(taken))
         for name in taken:
             work.progress.step(name)
             problem = LayerRounding(found[name], calls[name] * sum(map(len, images)))
-            for batch in images:
-                now = seen_by(model, found[name], calls[name], batch)
-                then = seen_by(reference, reference.get_submodule(name), calls[name], batch)
-                for (x, _), (_, y) in zip(now, then, strict=True):
-                    problem.add(x, y)
+            for x, y in pairs.of(found[name], reference.get_submodule(name), calls[name]):
+                problem.add(x, y)
             errors[name] = self._round(problem)
         work.progress.end()
         round_biases(model)
