@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.files import write
 from compress.lower.parity import parity
-from compress.lower.plain import Grid, lower, matching_scales
+from compress.lower.plain import Grid, lower, matching_steps
 from compress.lower.pt2 import exported
 from compress.surgery import replace
 
@@ -48,7 +48,7 @@ def export_onnx(
     from compress.lower import onnx_integers
 
     plain = lower(model, target, forms).cpu()
-    scales = matching_scales(model, plain)
+    steps, lost = matching_steps(model, plain)
     for module in list(plain.modules()):
         if isinstance(module, Grid):
             plain = replace(plain, module, onnx_integers.Pair(module))
@@ -68,8 +68,13 @@ def export_onnx(
             verbose=False,
         )
     assert program is not None
-    weights = {".".join(filter(None, (prefix, name, "weight"))): scale for name, scale in scales.items()}
-    kept = onnx_integers.integers(program.model, weights)
+
+    def initializer(layer: str) -> str:
+        return ".".join(filter(None, (prefix, layer, "weight")))
+
+    weights = {initializer(name): grid for name, grid in steps.items()}
+    kept = {initializer(name): reason for name, reason in lost.items()}
+    kept |= onnx_integers.integers(program.model, weights, target)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces: a quarter of a small file, and paths of the machine it was made on
         node.doc_string = None

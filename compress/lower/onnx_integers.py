@@ -16,13 +16,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from compress.lower.plain import Grid, integer_weights
+from compress.lower.onnx_weights import dequantized, dequantized_groups, initializer
+from compress.lower.plain import Grid, Steps
 
 _MOVES = {
     *("Slice", "Pad", "Reshape", "Flatten", "Transpose", "MaxPool", "Squeeze", "Unsqueeze", "Identity", "Gather"),
     *("DepthToSpace", "SpaceToDepth", "Expand"),
 }
-_CHANNELS_FIRST = {"Conv": 0, "Gemm": 0}
+_LAYERS = ("Conv", "ConvTranspose", "Gemm")
 _INT32 = 2**31 - 1
 
 
@@ -66,11 +67,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {torch.ops.compress.pair.default: pair}
 
 
-def integers(model: ir.Model, scales: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write the weights named in `scales` (initializer -> scale of each output channel) as integers, in place.
+def integers(model: ir.Model, weights: Mapping[str, Steps], target: str = "onnxruntime") -> dict[str, str]:
+    """Write `weights` (initializer -> its grid) as integers, in place.
 
     Returns:
-        the weights that stay float, with the reason.
+        the weights whose layers `target` computes in float, with the reason.
     """
     graph = model.graph
     for node in list(graph):
@@ -82,11 +83,13 @@ def integers(model: ir.Model, scales: Mapping[str, Tensor]) -> dict[str, str]:
     done: set[str] = set()
     for node in list(graph):
         moves = node.op_type in _MOVES or _moves_by_convolution(node)
-        if node.op_type in _CHANNELS_FIRST and (reason := _layer(graph, node, scales, done)):
-            kept[node.inputs[1].name or ""] = reason  # type: ignore[union-attr]  # a layer has weights
+        if node.op_type in _LAYERS:
+            name = node.inputs[1].name or ""  # type: ignore[union-attr]  # a layer has weights
+            if reason := _layer(graph, node, name, weights, target, done):
+                kept[name] = reason
         if moves:
             _pair_behind(graph, node)
-    for name in scales:
+    for name in weights:
         if name not in done and name not in kept:
             kept[name] = "the exporter wrote it in another form"
     for value in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
@@ -94,59 +97,73 @@ def integers(model: ir.Model, scales: Mapping[str, Tensor]) -> dict[str, str]:
     return kept
 
 
-def _layer(graph: ir.Graph, node: ir.Node, scales: Mapping[str, Tensor], done: set[str]) -> str:
+def _layer(graph: ir.Graph, node: ir.Node, name: str, weights: Mapping[str, Steps], target: str, done: set[str]) -> str:
     """Put the weights, and the bias where the input is quantized, behind a dequantize; gives back why not, or ""."""
-    weight = node.inputs[1]
-    name = (weight.name if weight is not None else "") or ""
-    scale = scales.get(name)
+    steps = weights.get(name)
     source = node.inputs[0].producer() if node.inputs[0] is not None else None
     on_grid = source is not None and source.op_type == "DequantizeLinear"
-    if scale is None and on_grid and _one_hot(node):  # among floats the integers would only have to be converted back
-        scale = torch.ones(len(_array(node.inputs[1])))
-    if scale is None:
+    if steps is None and on_grid and _one_hot(node):  # among floats the integers would only have to be converted back
+        steps = Steps(torch.ones(len(_array(node.inputs[1]))))
+    if steps is None:
+        if on_grid:
+            _shield(graph, node)
         return ""
     if node.op_type == "Gemm" and not _is_plain_gemm(node):
         return "its matrix product has factors"
-    array = _array(weight)
-    found = integer_weights(torch.from_numpy(array.copy()), scale)
+    array = _array(node.inputs[1])
+    found = steps.integers(torch.from_numpy(array.copy()))
     if found is None:
         return "its weights are not integers times the scales"
     done.add(name)
-    spread = 2 ** ((127 // max(int(found.abs().max()), 1)).bit_length() - 1)
-    found, scale = found * spread, scale / spread  # exact; the bias is rounded to units of this scale
-    _dequantized(graph, node, 1, found.numpy(), scale.numpy(), name)
+    numbers, scale = found.numpy(), steps.scale.numpy()
+    zero = None if steps.zero_point is None else steps.zero_point.numpy()
+    if len(scale) > len(array):
+        if zero is not None:
+            numbers = (numbers.reshape(len(scale), -1) + zero.reshape(-1, 1)).reshape(array.shape)
+        dequantized_groups(graph, node, numbers.astype(np.int8), scale, name, zero)
+        each = array.size // len(scale)
+        return (
+            f"its weights have a scale for every {each}, which integer kernels do not take: stored as integers, "
+            "computed in float"
+        )
+    largest = int(np.abs(numbers).max())
+    if largest > 127:
+        assert zero is not None
+        zero = zero.astype(np.int8)
+        numbers = numbers + zero.reshape(-1, *[1] * (array.ndim - 1))
+    else:  # exact; the bias is rounded to units of this scale
+        spread = 2 ** ((127 // max(largest, 1)).bit_length() - 1)
+        numbers, scale = numbers * spread, scale / np.float32(spread)
+        # onnxruntime fuses a matrix product only where its weights have one
+        zero = np.zeros(len(scale), np.int8) if node.op_type == "Gemm" and on_grid else None
+    dequantized(graph, node, 1, numbers.astype(np.int8), scale, name, zero)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None or source is None or not on_grid:
-        return ""
-    step = _array(source.inputs[1]) * scale.numpy()
-    units = np.round(_array(bias).astype(np.float64) / step.astype(np.float64))
-    if np.abs(units).max() > _INT32:
-        return "its bias is too large for 32 bits in units of its weights"
-    _dequantized(graph, node, 2, units.astype(np.int32), step, bias.name or "")
+    if bias is not None and source is not None and on_grid:
+        step = _array(source.inputs[1]) * scale
+        units = np.round(_array(bias).astype(np.float64) / step.astype(np.float64))
+        if np.abs(units).max() > _INT32:
+            return "its bias is too large for 32 bits in units of its weights"
+        dequantized(graph, node, 2, units.astype(np.int32), step, bias.name or "")
+    if largest > 127 and target == "openvino":
+        return "its weights have zero points: stored as integers, computed in float"
     return ""
 
 
-def _dequantized(
-    graph: ir.Graph, node: ir.Node, index: int, numbers: np.ndarray[Any, Any], scale: np.ndarray[Any, Any], name: str
-) -> None:
-    """Let input `index` of the node come from `numbers` through a dequantize along the first axis."""
-    inputs = [_initializer(graph, f"{name}_{numbers.dtype}", numbers), _initializer(graph, f"{name}_scale", scale)]
-    dequantize = ir.node("DequantizeLinear", inputs, {"axis": 0})
-    dequantize.outputs[0].name = f"{name}_{node.outputs[0].name}"
-    graph.insert_before(node, dequantize)
-    node.replace_input_with(index, dequantize.outputs[0])
+def _shield(graph: ir.Graph, node: ir.Node) -> None:
+    """Keep onnxruntime from rounding float weights, which it does between quantized tensors, one scale for all.
 
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-    known = graph.initializers.get(name)
-    if known is not None and np.array_equal(_array(known), array):
-        return known
-    while name in graph.initializers:
-        name += "_"
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    A maximum with the smallest number there is stops it, and changes nothing.
+    """
+    output = node.outputs[0]
+    if output.is_graph_output():
+        return
+    readers = list(output.uses())
+    lowest = initializer(graph, "lowest", np.array(np.finfo(np.float32).min))
+    stop = ir.node("Max", [output, lowest])
+    stop.outputs[0].name = f"{output.name}_float"
+    graph.insert_after(node, stop)
+    for reader, index in readers:
+        reader.replace_input_with(index, stop.outputs[0])
 
 
 def _pair_behind(graph: ir.Graph, node: ir.Node) -> None:
@@ -200,6 +217,8 @@ def _drop_clip(quantize: ir.Node) -> None:
     if clip is None or clip.op_type not in ("Relu", "Clip") or len(clip.outputs[0].uses()) != 1:
         return
     step, zero = float(_array(quantize.inputs[1])), int(_array(quantize.inputs[2]))
+    cut = [node for node, _ in quantize.outputs[0].uses() if node.op_type == "Min"]
+    largest = int(_array(cut[0].inputs[1])) if cut else 255
     low, high = 0.0, float("inf")
     if clip.op_type == "Clip":
         bounds = [*clip.inputs[1:], None, None][:2]
@@ -209,7 +228,7 @@ def _drop_clip(quantize: ir.Node) -> None:
             float(_array(bound)) if bound is not None else default
             for bound, default in zip(bounds, (float("-inf"), float("inf")), strict=True)
         )
-    if -zero * step >= low and (255 - zero) * step <= high * (1 + 1e-5):
+    if -zero * step >= low and (largest - zero) * step <= high * (1 + 1e-5):
         quantize.replace_input_with(0, clip.inputs[0])
         assert clip.graph is not None
         clip.graph.remove(clip, safe=True)
@@ -224,7 +243,7 @@ def _one_hot(node: ir.Node) -> bool:
     weight = node.inputs[1]
     if weight is None or _constant(weight) is None or node.op_type != "Conv":
         return False
-    array = _array(weight)
+    array = _array(node.inputs[1])
     return array.shape[1] == 1 and bool(((array == 0) | (array == 1)).all() and (array.sum((1, 2, 3)) == 1).all())
 
 

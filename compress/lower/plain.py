@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,79 @@ def bake(module: nn.Module) -> None:
         module.register_parameter(name, nn.Parameter(value))
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The grid of a weight: integers times a scale, one for each of equal runs of the weight in the order of memory.
+
+    There are as many runs as outputs, or a multiple. The integers are 0 for a weight of 0; with their run's
+    `zero_point` they fit int8, without it too where that is None.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+    def integers(self, weight: Tensor) -> Tensor | None:
+        """What `weight` is in units of the scales, int16, same shape; None where it is not on this grid."""
+        runs = len(self.scale)
+        if runs % len(weight) or weight.numel() % runs:
+            return None
+        integers = (weight.double().reshape(runs, -1) / self.scale.double().unsqueeze(1)).round()
+        stored = integers if self.zero_point is None else integers + self.zero_point.unsqueeze(1)
+        low = -127 if self.zero_point is None else -128
+        again = (integers.float() * self.scale.unsqueeze(1)).view_as(weight)
+        if not (low <= float(stored.min()) and float(stored.max()) <= 127):
+            return None
+        return integers.to(torch.int16).view_as(weight) if torch.allclose(again, weight, rtol=1e-5, atol=0) else None
+
+
+def matching_steps(model: nn.Module, plain: nn.Module) -> tuple[dict[str, Steps], dict[str, str]]:
+    """The grids of `model` by the names of the layers of `plain` (= `lower(model)`) whose weights are on them.
+
+    What became of one layer is searched for the weights that are on the grid of one of its parts, or of its output
+    convolutions side by side.
+
+    Returns:
+        the grids, and the layers of `model` with a grid that no plain weight is on, with the reason.
+    """
+    found: dict[str, Steps] = {}
+    lost = {}
+    for name, layer in leaves(model):
+        inside = layer.modules() if is_ours(layer) else (layer,)
+        parts = {id(part): steps for part in inside if (steps := _steps(part)) is not None}
+        side_by_side = [parts[id(output)] for output in output_layers(layer) if id(output) in parts]
+        candidates = [*parts.values(), *([_joined(side_by_side)] if len(side_by_side) > 1 else [])]
+        used = set()
+        for inner, place in plain.get_submodule(name).named_modules() if parts else ():
+            if kind(place) in (nn.Conv2d, nn.Linear):
+                on = [i for i, steps in enumerate(candidates) if steps.integers(place.weight) is not None]
+                if on:
+                    found[f"{name}.{inner}".strip(".")] = candidates[on[0]]
+                    used.update(on)
+        if not used >= set(range(len(parts))) and len(parts) not in used:
+            lost[name] = "in this file its weights are mixed, or in another order than their scales"
+    return found, lost
+
+
+def _steps(layer: nn.Module) -> Steps | None:
+    if kind(layer) not in (nn.Conv2d, nn.Linear) or not parametrize.is_parametrized(layer, "weight"):
+        return None
+    chain = list(layer.parametrizations.weight)  # type: ignore[union-attr,arg-type]  # untyped in torch
+    grid = next((step for step in reversed(chain) if isinstance(step, FakeQuantizeWeight)), None)
+    if grid is None:
+        return None
+    runs = max(grid.channels, len(layer.weight))  # type: ignore[arg-type]  # a tensor
+    scale = grid.scale.detach().cpu().expand(runs)
+    return Steps(scale, None if grid.symmetric else grid.zero_point.cpu().expand(runs))
+
+
+def _joined(parts: list[Steps]) -> Steps:
+    scale = torch.cat([part.scale for part in parts])
+    if all(part.zero_point is None for part in parts):
+        return Steps(scale)
+    zeros = [torch.zeros(len(p.scale), dtype=torch.int32) if p.zero_point is None else p.zero_point for p in parts]
+    return Steps(scale, torch.cat(zeros))
+
+
 def weight_scales(model: nn.Module) -> dict[str, Tensor]:
     """Layer name -> the scale of each output channel (N,), for layers whose weights are integers times it.
 
@@ -116,12 +190,8 @@ def integer_weights(weight: Tensor, scale: Tensor) -> Tensor | None:
     """The int8 integers with `weight == integers * scale` (axis 0), or None where the weight is not on that grid."""
     if len(scale) != len(weight):
         return None
-    shape = (-1, *[1] * (weight.dim() - 1))
-    integers = (weight.double() / scale.double().view(shape)).round()
-    again = integers.float() * scale.view(shape)
-    if float(integers.abs().max()) > 127 or not torch.allclose(again, weight, rtol=1e-5, atol=0):
-        return None
-    return integers.to(torch.int8)
+    integers = Steps(scale).integers(weight)
+    return None if integers is None else integers.to(torch.int8)
 
 
 def _scale(layer: nn.Module) -> Tensor | None:
