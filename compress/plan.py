@@ -23,7 +23,9 @@ from compress.constructors import Build, named
 from compress.data import Source, make_task
 from compress.errors import ConfigError
 from compress.files import UNFINISHED
+from compress.lower import EXPORTS
 from compress.lower.forms import FORMS
+from compress.lower.pt2_x86 import pt2_x86_problems
 from compress.measure import RUNTIMES
 from compress.models.weights import load_weights
 from compress.stage import Stage, order_problems
@@ -37,7 +39,6 @@ CHOICES = {
     "measure": ("ends", "all", "none"),
     "forms": FORMS,
 }
-EXPORTS = ("onnx", "pt2")
 SETTINGS = {*CHOICES, "model", "data", "stages", "seed", "export", "cache", "out"}
 
 
@@ -78,6 +79,8 @@ def make(settings: Mapping[str, Any]) -> Plan:
             with collecting(problems):
                 require_writable(key, folder)
     stages = _stages(settings["stages"], problems)
+    if stages and "pt2_x86" in _listed(settings["export"]):
+        problems += pt2_x86_problems(stages)
     task = _task(settings["data"], settings["model"], device, str(settings["precision"]), seed, problems)
     build, weights, train = _model(settings["model"], task, stages, problems)
     if problems:

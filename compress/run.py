@@ -19,8 +19,9 @@ from compress import __version__, checkpoint, machine, measure, progress, report
 from compress.constructors import Build, named
 from compress.errors import ConfigError, TrainingError, UserError
 from compress.files import UNFINISHED
-from compress.lower import export_onnx, export_pt2
+from compress.lower import EXPORTS, export_onnx, export_pt2, export_pt2_x86
 from compress.lower.forms import FORMS, choose
+from compress.lower.pt2_x86 import pt2_x86_problems
 from compress.models.weights import load_weights
 from compress.reconstruct import plain_images
 from compress.rows import answers, plain, row
@@ -81,7 +82,7 @@ def run(
     named = dict(stages) if isinstance(stages, Mapping) else {type(s).__name__.lower(): s for s in stages}
     if len(named) < len(stages):
         raise ConfigError("two stages of one class need names of their own: give `stages` as a mapping.")
-    problems = order_problems(named)
+    problems = order_problems(named) + (pt2_x86_problems(named) if "pt2_x86" in export else [])
     if problems or not named:
         raise ConfigError("\n".join(problems) or "`stages` must hold at least one stage.")
     if (build is None) == (model is None):
@@ -152,6 +153,8 @@ class _Place:
         forms = {name: choice.form for name, choice in chosen.items()}
         if path.suffix == ".onnx":
             written = export_onnx(model, example, path, input=task.input, target=self.target, forms=forms)
+        elif path.name.endswith(EXPORTS["pt2_x86"]):
+            written = export_pt2_x86(model, example, path, forms=forms)
         else:
             written = export_pt2(model, example, path, forms=forms)
         self.display.end()
@@ -162,11 +165,13 @@ class _Place:
     ) -> dict[str, dict[str, Any]]:
         """Latency of each model in the target runtime, against the first; the result's `exported` file is used."""
         suffix = SUFFIXES.get(self.target, ".pt2")
+        fastest = EXPORTS["pt2_x86"] if self.target == "torch.compile" else suffix
+        given = next((f"model{end}" for end in (fastest, suffix) if f"model{end}" in exported), None)
         with tempfile.TemporaryDirectory(prefix="compress-") as temporary:
             paths = {}
             for name, model in models.items():
-                if name == "result" and f"model{suffix}" in exported:
-                    paths[name] = self.folder / f"model{suffix}"
+                if name == "result" and given:
+                    paths[name] = self.folder / given
                 else:
                     paths[name] = Path(temporary) / (name + suffix)
                     self.write(model, paths[name], task)
@@ -229,7 +234,7 @@ def _carry_out(
     if file is not None:
         result |= {"bytes": file.stat().st_size, "file": file.name}
     rows.append(result)
-    exports = [place.write(final, place.folder / f"model.{kind}", task) for kind in export]
+    exports = [place.write(final, place.folder / f"model{EXPORTS[kind]}", task) for kind in export]
     if timed:
         measured = place.latencies(timed | {"result": final}, [export["file"] for export in exports], task)
         for line in rows:

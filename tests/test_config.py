@@ -204,7 +204,7 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
         ({"target": "tflite"}, "`target` (=tflite) must be one of onnxruntime, openvino, torch, torch.compile, cuda."),
         ({"measure": "some"}, "`measure` (=some) must be one of ends, all, none."),
         ({"forms": "best"}, "`forms` (=best) must be one of measured, default."),
-        ({"export": ["onnx", "tflite"]}, "`export` (=tflite) must be a list out of onnx, pt2."),
+        ({"export": ["onnx", "tflite"]}, "`export` (=tflite) must be a list out of onnx, pt2, pt2_x86."),
         ({"data": {"limits": 5}}, "`data.limits` is not a setting of compress.data.digits; did you mean `limit`?"),
         ({"data": {"limit": "few"}}, "`data.limit` (=few) must be of type"),
         ({"data": {"limit": 0}}, "`limit` (=0) must be at least 1"),

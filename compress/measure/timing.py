@@ -73,7 +73,7 @@ def latency(
     paths: Mapping[str, Path],
     example: Tensor,
     *,
-    target: str = "onnxruntime",
+    target: str | Mapping[str, str] = "onnxruntime",
     rounds: int = 5,
     batch: int = 1,
     threads: int | None = None,
@@ -83,7 +83,8 @@ def latency(
 ) -> dict[str, Latency]:
     """Measure model files (name -> path) against the first of them, on noise of the shape of `example`.
 
-    Files are .onnx for onnxruntime and openvino, .pt2 for torch, torch.compile and cuda. Each model works for about
+    Files are .onnx for onnxruntime and openvino, .pt2 for torch, torch.compile and cuda; `target` is one runtime for
+    all of them, or name -> runtime. Each model works for about
     `seconds` a round, `rounds` rounds, in an order that is reversed every other round. `threads` defaults to all cores
     this process may use. `precision` is OpenVINO's INFERENCE_PRECISION_HINT: "f32", "bf16", "f16", or "" for its own
     choice (bf16 on some processors, whatever the file says).
@@ -93,13 +94,14 @@ def latency(
             failed (with the end of what it said) or was silent for `timeout_s`.
     """
     threads = available_threads() if threads is None else threads
-    _check(paths, target, {"rounds": rounds, "batch": batch, "threads": threads})
+    targets = dict.fromkeys(paths, target) if isinstance(target, str) else dict(target)
+    _check(paths, targets, {"rounds": rounds, "batch": batch, "threads": threads})
     shape = [batch, *example.shape[1:]]
     turns: dict[str, list[list[float]]] = {name: [] for name in paths}
     with ExitStack() as stack:
         workers = {}
         for name, path in paths.items():
-            settings: dict[str, Any] = {"path": str(Path(path).resolve()), "target": target, "shape": shape}
+            settings: dict[str, Any] = {"path": str(Path(path).resolve()), "target": targets[name], "shape": shape}
             settings |= {"threads": threads, "precision": precision}
             workers[name] = stack.enter_context(_Worker(name, path, settings, timeout_s))
         loaded = {name: worker.answer() for name, worker in workers.items()}
@@ -110,7 +112,7 @@ def latency(
                 turns[name].append(workers[name].turn(seconds))
     first = [median(turn) for turn in turns[next(iter(paths))]]
     return {
-        name: _summary(Path(paths[name]).name, target, loaded[name], threads, batch, turns[name], first)
+        name: _summary(Path(paths[name]).name, targets[name], loaded[name], threads, batch, turns[name], first)
         for name in paths
     }
 
@@ -154,18 +156,19 @@ def available_threads() -> int:
         return cores
 
 
-def _check(paths: Mapping[str, Path], target: str, counts: Mapping[str, int]) -> None:
-    if target not in RUNTIMES:
-        raise UserError(f"`target` (={target!r}) must be one of: {', '.join(RUNTIMES)}.")
+def _check(paths: Mapping[str, Path], targets: Mapping[str, str], counts: Mapping[str, int]) -> None:
     if not paths:
         raise UserError("`paths` is empty; give at least one model file, by name.")
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"`{name}` (={value}) must be at least 1.")
-    package, suffix, remedy = RUNTIMES[target]
-    if find_spec(package) is None:
-        raise UserError(f"`target` (={target!r}) needs the package {package}, which is not installed: {remedy}.")
     for name, path in paths.items():
+        target = targets.get(name)
+        if target not in RUNTIMES:
+            raise UserError(f"`target` (={target!r}) must be one of: {', '.join(RUNTIMES)}.")
+        package, suffix, remedy = RUNTIMES[target]
+        if find_spec(package) is None:
+            raise UserError(f"`target` (={target!r}) needs the package {package}, which is not installed: {remedy}.")
         if Path(path).suffix != suffix:
             raise UserError(f"`paths[{name!r}]` (={path}) must be a {suffix} file for `target` {target!r}.")
         if not Path(path).is_file():

@@ -60,6 +60,7 @@ def load_openvino(settings: Settings) -> Loaded:
 
 def load_torch(settings: Settings) -> Loaded:
     import torch
+    import torch.ao.quantization.fx  # registers the operators of a model.x86.pt2
 
     target = settings["target"]
     torch.set_num_threads(settings["threads"])
