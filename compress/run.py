@@ -19,8 +19,8 @@ from compress import __version__, checkpoint, machine, measure, progress, report
 from compress.constructors import Build, named
 from compress.errors import ConfigError, TrainingError, UserError
 from compress.files import UNFINISHED
-from compress.lower import EXPORTS, export_onnx, export_pt2, export_pt2_x86
-from compress.lower.forms import FORMS, choose
+from compress.lower import EXPORTS, SUFFIXES, write_file
+from compress.lower.forms import FORMS
 from compress.lower.pt2_x86 import pt2_x86_problems
 from compress.models.weights import load_weights
 from compress.reconstruct import plain_images
@@ -30,7 +30,6 @@ from compress.store import Done
 from compress.task import Progress, Task, Work
 
 PARITY_IMAGES = 98  # 7 x 14, since batches of 7 are compared too
-SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx"}  # of the file that a target runs; others take a .pt2
 
 
 @dataclass(frozen=True)
@@ -143,22 +142,13 @@ class _Place:
         return checkpoint.save(model, self.folder / name, build=self.build, input=task.input, form=form, **about)
 
     def write(self, model: nn.Module, path: Path, task: Task) -> dict[str, Any]:
-        """Export a model to `path` (.onnx or .pt2); gives back its bytes and how far its answers are from torch's."""
+        """Export a model to `path`, whose ending says the kind; gives back what the exporter says of it."""
         self.display.start(f"write {path.name}", 0)
-        model = copy.deepcopy(model).cpu().eval()
         example = torch.cat(plain_images(task.calibration, PARITY_IMAGES, torch.device("cpu")))
-        chosen = {}
-        if self.forms == "measured" and path.suffix == SUFFIXES.get(self.target, ".pt2"):
-            chosen = choose(model, example, self.target, (self.cache or self.scratch) / "forms")
-        forms = {name: choice.form for name, choice in chosen.items()}
-        if path.suffix == ".onnx":
-            written = export_onnx(model, example, path, input=task.input, target=self.target, forms=forms)
-        elif path.name.endswith(EXPORTS["pt2_x86"]):
-            written = export_pt2_x86(model, example, path, forms=forms)
-        else:
-            written = export_pt2(model, example, path, forms=forms)
+        store = (self.cache or self.scratch) / "forms"
+        written = write_file(model, example, path, input=task.input, target=self.target, forms=self.forms, store=store)
         self.display.end()
-        return written | {"file": path.name, "forms": {name: asdict(choice) for name, choice in chosen.items()}}
+        return written
 
     def latencies(
         self, models: Mapping[str, nn.Module], exported: Sequence[str], task: Task

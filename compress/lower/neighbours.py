@@ -35,8 +35,8 @@ class Pair:
     """Two layers by name, the second of which alone reads the first one's output, each channel for itself.
 
     `positions` is how many inputs of the second belong to one output channel of the first: more than 1 for a `Linear`
-    behind a flattened map. `clips` names the `ReLU6` modules between them. `padded`: zeros are put around the map on
-    the way, or by the second layer itself.
+    behind a flattened map. `clips` names the `ReLU6` modules between them: a scale goes through these only where they
+    do not clip. `padded`: zeros are put around the map on the way, or by the second layer itself.
     """
 
     first: str
@@ -46,27 +46,22 @@ class Pair:
     padded: bool
 
 
-def neighbours(
-    model: nn.Module, example: Tensor, left_out: Mapping[str, str], clips: bool
-) -> tuple[list[Pair], dict[str, str]]:
+def neighbours(model: nn.Module, example: Tensor, left_out: Mapping[str, str]) -> tuple[list[Pair], dict[str, str]]:
     """All pairs of `Conv2d` and `Linear` layers, and why each other layer is not the first one of a pair.
 
     Pairs stand in the order of the forward pass. `left_out` names every layer, with the reason why it must not be in a
-    pair ("" if it may). `clips`: whether `ReLU6` modules may stand between, which are no neighbour of a scale as they
-    are.
+    pair ("" if it may).
     """
     try:
         graph = trace(model)
     except ValueError as error:
         return [], {name: why or f"who reads what is not known: {error}" for name, why in left_out.items()}
-    return _Search(model, graph, example, left_out, clips).run()
+    return _Search(model, graph, example, left_out).run()
 
 
 class _Search:
-    def __init__(
-        self, model: nn.Module, graph: fx.Graph, example: Tensor, left_out: Mapping[str, str], clips: bool
-    ) -> None:
-        self.model, self.graph, self.left_out, self.clips = model, graph, left_out, clips
+    def __init__(self, model: nn.Module, graph: fx.Graph, example: Tensor, left_out: Mapping[str, str]) -> None:
+        self.model, self.graph, self.left_out = model, graph, left_out
         self.names = {id(layer): name for name, layer in leaves(model)}
         self.calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
         self.owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
@@ -144,7 +139,7 @@ class _Search:
         given, made = self.shapes[node.name], self.shapes.get(reader.name, ())
         reason = Keep(f"{shown(reader)} reads it, which does not let a scale through")
         if name == "relu6":
-            raise Keep("the function `relu6` reads it, which clips at 6; as a module it could become a ReLU")
+            raise Keep("the function `relu6` reads it, which clips at 6; use the module `nn.ReLU6`")
         if kind(layer) is nn.Flatten if layer is not None else name in _FLATTENS:
             if made not in ((given[0], math.prod(given[1:])), (*given[:2], math.prod(given[2:]))):
                 raise reason
@@ -163,8 +158,6 @@ class _Search:
         return pads or (averages and (layer is None or getattr(layer, "padding", 0) not in (0, (0, 0))))
 
     def _clip(self, node: fx.Node) -> str:
-        if not self.clips:
-            raise Keep(f"{shown(node)} reads it, which clips at 6")
         if self.calls[str(node.target)] > 1:
             raise Keep(f"{shown(node)} reads it, which clips at 6 in several places")
         return self.names[id(self._called(node))]

@@ -1,0 +1,51 @@
+"""A model as a file of any kind: which exporter writes it, and which forms its layers take."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from compress.lower.forms import choose
+from compress.lower.onnx_file import export_onnx
+from compress.lower.pt2 import export_pt2
+from compress.lower.pt2_x86 import export_pt2_x86
+
+# How the file of each kind ends.
+EXPORTS = {"onnx": ".onnx", "pt2": ".pt2", "pt2_x86": ".x86.pt2"}
+SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx"}  # of the file that a target runs; others take a .pt2
+
+
+def write_file(
+    model: nn.Module,
+    example: Tensor,
+    path: Path,
+    *,
+    input: Mapping[str, Any],
+    target: str = "onnxruntime",
+    forms: str = "default",
+    store: Path | None = None,
+    normalize: bool = False,
+) -> dict[str, Any]:
+    """Export `model` to `path`, whose ending is one of `EXPORTS`; gives back what the exporter says, and the forms.
+
+    `example` is a normalised batch of at least two, on which the file is compared with the model. `forms` is
+    "measured" or "default"; it is measured only for the kind of file that `target` runs, and kept in the folder
+    `store`. The model is left as it was.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    chosen = {}
+    if forms == "measured" and path.suffix == SUFFIXES.get(target, ".pt2"):
+        chosen = choose(model, example, target, store)
+    names = {name: choice.form for name, choice in chosen.items()}
+    if path.suffix == EXPORTS["onnx"]:
+        written = export_onnx(model, example, path, input=input, normalize=normalize, target=target, forms=names)
+    elif path.name.endswith(EXPORTS["pt2_x86"]):
+        written = export_pt2_x86(model, example, path, forms=names)
+    else:
+        written = export_pt2(model, example, path, forms=names)
+    return written | {"file": path.name, "forms": {name: asdict(choice) for name, choice in chosen.items()}}
