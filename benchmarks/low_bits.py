@@ -1,7 +1,7 @@
 """Few bits for weights, 8 for activations, on the published CIFAR-10 ResNets: `low_bits.py [MODEL/WAY-BITS ...]`.
 
 Ways: `nearest` (scales by the largest weight), `mse` (scales by least squared error), `adaround` (mse, then rounded for
-the layer's output), `mixed` (bits by layer in the bytes of BITS everywhere, then the same), `learned` (mse, adaround,
+the layer's output), `mixed` (bits by layer in the bytes of a little less than BITS everywhere, then the same), `learned` (mse, adaround,
 then fine-tuned with learned steps: 2 epochs, 5 for two bits). Without any row all that are not stored yet are run; what
 rows have in common is computed once.
 """
@@ -19,7 +19,7 @@ STAGES = {
     "nearest": ["Quantize,weight_bits:{bits}"],
     "mse": ["Quantize,weight_bits:{bits},weight_range:mse"],
     "adaround": ["Quantize,weight_bits:{bits},weight_range:mse", "AdaRound"],
-    "mixed": ["MixedPrecision,like_bits:{bits}", "AdaRound"],
+    "mixed": ["MixedPrecision,like_bits:{less}", "AdaRound"],
     "learned": [
         "Quantize,weight_bits:{bits},weight_range:mse,learn:true",
         "AdaRound",
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 def run(model: str, way: str, bits: int) -> Row:
     """One row: the accuracies of its steps, and its files."""
-    values = {"bits": bits, "epochs": 5 if bits == 2 else 2, "lr": "1e-2" if bits == 2 else "1e-3"}
+    values = {"bits": bits, "less": bits - 0.1, "epochs": 5 if bits == 2 else 2, "lr": "1e-2" if bits == 2 else "1e-3"}
     stages = [f"{{_target_:compress.stages.{stage.format(**values)}}}" for stage in STAGES[way]]
     names = [f"+stages.{name}={stage}" for name, stage in zip(("quantize", "round", "train"), stages, strict=False)]
     WORK.mkdir(parents=True, exist_ok=True)
