@@ -1,9 +1,9 @@
 """Few bits for weights, 8 for activations, on the published CIFAR-10 ResNets: `low_bits.py [MODEL/WAY-BITS ...]`.
 
 Ways: `nearest` (scales by the largest weight), `mse` (scales by least squared error), `adaround` (mse, then rounded for
-the layer's output), `mixed` (bits by layer in the bytes of a little less than BITS everywhere, then the same), `learned` (mse, adaround,
-then fine-tuned with learned steps: 2 epochs, 5 for two bits). Without any row all that are not stored yet are run; what
-rows have in common is computed once.
+the layer's output), `mixed` (bits by layer in the bytes of a little less than BITS everywhere, then the same),
+`learned` (mse, adaround, then fine-tuned with learned steps: 2 epochs, 5 for two bits). Without any row all that are
+not stored yet are run; what rows have in common is computed once.
 """
 
 from __future__ import annotations
