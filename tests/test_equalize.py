@@ -115,42 +115,39 @@ def test_the_awkward_list(name: str) -> None:
     torch.testing.assert_close(outgoing(edit.model[0]), incoming(edit.model[-2 if len(model) == 4 else -1], 8))
 
 
-def test_dead_channels_are_left_alone() -> None:
+def dead_ends(biases: float) -> nn.Sequential:
+    """Channel 1 is never made but read with large weights; channel 4 is made with large weights but never read."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
     with torch.no_grad():
-        model[0].weight[2] = 0
+        model[0].weight[1], model[0].bias[1] = 0, biases
+        model[2].weight[:, 1] *= 1000
+        model[0].weight[4] *= 1000
         model[2].weight[:, 4] = 0
-    before, x = copy.deepcopy(model), torch.randn(2, *SHAPE)
-    edit = equalize(model)
-    torch.testing.assert_close(edit.model(x), before(x))
-    assert torch.equal(model[0].bias[2], before[0].bias[2]) and torch.equal(model[0].weight[4], before[0].weight[4])
-    assert torch.equal(model[2].weight[:, 2], before[2].weight[:, 2])
-
-
-def relu6_net(scale: float) -> nn.Sequential:
-    torch.manual_seed(0)
-    model = uneven(nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU6(), nn.Conv2d(6, 4, 1), nn.ReLU6()))
-    with torch.no_grad():
-        model[0].weight *= scale
     return model.eval()  # type: ignore[return-value]
 
 
-def test_relu6_becomes_relu_between_pairs_only() -> None:
-    x = torch.randn(4, *SHAPE)
-    quiet, loud = relu6_net(0.1), relu6_net(10.0)
-    assert quiet[0](x).amax().item() < 6 < loud[0](x).amax().item()
-    expected = quiet(x), loud[3](loud[2](F.relu(loud[0](x))))
-    for model, wanted in zip((quiet, loud), expected, strict=True):
-        edit = equalize(model)
-        torch.testing.assert_close(edit.model(x), wanted, rtol=1e-4, atol=1e-5)
-        assert [type(module) for module in model] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU6]
-        assert edit.notes["relu6_replaced"] == ["1"]
-        by_name = {site.name: site for site in edit.sites}
-        assert by_name["1"].why == "changes the output where an activation exceeds 6"
-        assert by_name["3"].why == "it does not stand between two equalized layers"
-    with pytest.raises(ConfigError, match=r"1 reads it, which clips at 6 \(e.g. 0\)"):
-        equalize(relu6_net(1.0), replace_relu6=False)
+def test_dead_channels_do_not_set_the_range() -> None:
+    model = dead_ends(-0.1)
+    x = torch.randn(2, *SHAPE)
+    expected = model(x)
+    edit = equalize(model)
+    torch.testing.assert_close(edit.model(x), expected)
+    alive = [0, 2, 3, 5]
+    makes, reads = outgoing(model[0]), incoming(model[2], 6)
+    torch.testing.assert_close(makes[alive], reads[alive])
+    torch.testing.assert_close(makes[4], makes[alive].max())
+    torch.testing.assert_close(reads[1], reads[alive].max())
+    assert edit.notes["dead_channels"] == 2
+
+
+def test_a_channel_that_always_gives_the_same_keeps_its_scale() -> None:
+    """Scaled as one that gives nothing, it would give a thousand times as much."""
+    model = dead_ends(0.1)
+    before, x = copy.deepcopy(model), torch.randn(2, *SHAPE)
+    torch.testing.assert_close(equalize(model).model(x), before(x))
+    assert torch.equal(model[0].bias[1], before[0].bias[1])
+    assert torch.equal(model[2].weight[:, 1], before[2].weight[:, 1])
 
 
 class Forks(nn.Module):
@@ -259,7 +256,7 @@ def test_a_mobilenet_is_one_chain_and_comes_back_from_its_file(tmp_path: Path) -
     settings = {"classes": 3, "width": 0.25}
     model = warm(mobilenet_v1(**settings), (3, 32, 32))
     edit = equalize(model, (3, 32, 32))
-    assert len(edit.notes["pairs"]) == 27 == len(edit.notes["relu6_replaced"])
+    assert len(edit.notes["pairs"]) == 27 == len(edit.notes["channels_clipped"])
     path = tmp_path / "model.safetensors"
     build = ("compress.models.mobilenet_v1", settings)
     checkpoint.save(edit.model.eval(), path, build=build, input={}, provenance={}, results={})
