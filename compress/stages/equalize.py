@@ -7,25 +7,29 @@ on both sides. This is repeated over all pairs of layers, since most layers are 
 `Conv2d` (dense, grouped, depthwise) and `Linear` take part. Dead channels, which one side makes or reads with weights
 next to zero, are scaled until the other side's weights are no larger than those of living channels: folding leaves
 channels in depthwise networks that never give anything and are read with the largest weights of all. A `ReLU6` between
-the two layers stays: channels that it clips on calibration images keep their scale, and the others get none that
-would have them clipped there.
+the two layers stays: channels that it clips on calibration images keep their scale, and the others get none that would
+have them clipped there.
 
 When to use it, and when not. In front of `Quantize`, for chains of depthwise and pointwise convolutions such as
-MobileNet's, whose channels differ in range by orders of magnitude: indispensable where a whole layer has one scale, and
-of use with one scale for each output channel too, since activations and input channels get closer to each other. Put
-`CorrectBias` or `AdaRound` behind `Quantize` then. Networks of residual blocks have a pair within each block only. Do
-not train long afterwards: the gains stay only as long as the weights.
+MobileNet's, whose channels differ in range by orders of magnitude: indispensable where a whole layer has one scale,
+together with `CorrectBias` behind `Quantize`. At 8 bits and one scale for each output channel it is not needed.
+Networks of residual blocks have a pair within each block only. Do not train long afterwards: the gains stay only as
+long as the weights.
 
 Knobs. `iterations`: the most sweeps over all pairs. `relu6`: `keep`, or `replace` each `ReLU6` between two layers by a
 `ReLU`, as the paper does, so that every channel can be scaled; that changes the output where an activation exceeds 6,
-which costs a network that was trained with `ReLU6` much. `images`: how many calibration images tell which channels are
-clipped, and which give nothing. `absorb`: move the part of a bias that is always active behind a ReLU,
-max(0, beta - 3 gamma) by the statistics of the folded batch norm, into the next layer's bias, so that activations have
-a smaller range. It holds for 99.9 % of the activations, if they are normally distributed, and only where the next layer
-pads no zeros: pairs with padding are left alone. Off, since it is not exact, and since calibrated ranges gain little
-from it. `include`, `exclude`: layers by name pattern; both of a pair have to be chosen.
+and cost 13 points on the network below. `images`: how many calibration images tell which channels are clipped, and
+which give nothing. `absorb`: move the part of a bias that is always active behind a ReLU, max(0, beta - 3 gamma) by the
+statistics of the folded batch norm, into the next layer's bias, so that activations have a smaller range. It holds for
+99.9 % of the activations, if they are normally distributed, and only where the next layer pads no zeros: pairs with
+padding are left alone. Off, since it is not exact. `include`, `exclude`: layers by name pattern; both of a pair have to
+be chosen.
 
-Measured. MEASURED
+Measured. MobileNet-V1 0.75 with its published weights, 500 validation images of imagenette-mini among 1000 classes
+(`benchmarks/mobilenet.py`): 68.4 % in float, and the same, answer by answer, behind this stage. In int8 with one scale
+for each layer 1.0 %, with `CorrectBias` 54.4, with this stage 50.0, with both 69.0: +0.6 points against float (95 %
+interval -1.5 to +2.7). `AdaRound` in place of `CorrectBias`: 68.8. `replace` gives 55.4 % in float already, and 55.0 in
+int8 with `CorrectBias`. One scale for each output channel needs neither: 69.2 %.
 
 Reference. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019.
 """
