@@ -9,7 +9,8 @@ import json
 import re
 import sys
 
-from columns import TABLES, Row, kilobytes
+from cells import Row, kilobytes
+from columns import TABLES
 from common import RESULTS, ROOT
 
 

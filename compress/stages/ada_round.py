@@ -6,7 +6,7 @@ calibration images. Scales of output channels are chosen by that error too, and 
 earlier layers, and of rounded activations, are thereby made good by later ones.
 
 When to use it, and when not. Behind `Quantize` at 2 to 5 bits, without training or before it: fine-tuning starts from
-what it finds. At 8 bits there is nothing to win. It needs some hundred images, and seconds to minutes.
+what it finds. At 8 bits with a scale for each channel there is nothing to win. It needs some hundred images.
 
 Knobs. `images`: how many calibration images. `ridge`: the pull towards the float weights, which keeps weights in place
 of which the images say little. `scales`: false leaves the scales as `Quantize` found them; with one scale for a tensor
