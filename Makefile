@@ -15,7 +15,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -x -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x -q -n auto
 
 # Once, and again when what is to be installed has changed. An environment that was left half made is made anew.
 $(READY): pyproject.toml constraints.txt
