@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from common import data_root, record
+from imagenette import imagenette
 from torch import Tensor, nn
 
-from compress.data import folder, make_task
+from compress.data import make_task
 from compress.measure import accuracy, paired
 from compress.models import as_resnet_w32
 from compress.models.weights import load_weights, read_weights
@@ -30,8 +31,6 @@ from compress.surgery import layers
 from compress.task import Task, Work
 from compress.train import logits
 
-CLASSES = dict(n01440764=0, n02102040=217, n02979186=482, n03000684=491, n03028079=497)
-CLASSES |= dict(n03394916=566, n03417042=569, n03425413=571, n03445777=574, n03888257=701)
 INPUT = {"order": "bgr", "scale": 1.0, "mean": [103.94, 116.78, 123.68], "std": [1 / 0.017352] * 3}
 IMAGES = 256  # that the convolutions are solved on
 RECOVER = FineTune(epochs=2, lr=3e-4, optimizer="adamw", distill=1.0, clip=1.0, batch_norm="frozen")
@@ -96,7 +95,7 @@ weights = data_root() / "weights"
 golden = read_weights(weights / "as-resnet-w32-golden.safetensors")
 photographs = torch.stack([golden["cat.input"], golden["fish-bike.input"]])
 photographs = torch.cat((photographs, photographs.flip(-1)))
-images = folder(data_root() / "imagenette-mini", size=224, resize=224, classes=1000, class_index=CLASSES)
+images = imagenette()
 task = make_task(images, input=INPUT, batch_size=32, calibration_images=IMAGES)
 base = as_resnet_w32()
 load_weights(base, weights / "as-resnet-w32.safetensors")

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from common import data_root, record
+from imagenette import imagenette
 from torch import Tensor
 
 from compress import checkpoint
-from compress.data import folder, make_task
+from compress.data import make_task
 from compress.measure import accuracy, paired
 from compress.models import mobilenet_v1
 from compress.models.weights import load_weights
@@ -27,8 +28,6 @@ from compress.stages import AdaRound, CorrectBias, Equalize, Quantize
 from compress.task import Work
 from compress.train import logits
 
-CLASSES = dict(n01440764=0, n02102040=217, n02979186=482, n03000684=491, n03028079=497)
-CLASSES |= dict(n03394916=566, n03417042=569, n03425413=571, n03445777=574, n03888257=701)
 INPUT = {"mean": [0.5] * 3, "std": [0.5] * 3}
 IMAGES = 256  # of the training images, that ranges are calibrated on
 MEANS = 192  # that biases are corrected on: as many as go through the network together
@@ -51,7 +50,7 @@ VARIANTS: dict[str, list[Stage]] = {
     "int8 per tensor, equalized, ReLU6 kept, AdaRound": [KEEP, TENSOR, AdaRound(images=ROUNDED)],
 }
 
-images = folder(data_root() / "imagenette-mini", size=224, resize=224, classes=1000, class_index=CLASSES)
+images = imagenette()
 task = make_task(images, input=INPUT, batch_size=32, calibration_images=IMAGES)
 base = mobilenet_v1(**SETTINGS)
 load_weights(base, data_root() / "weights" / "mobilenet_v1_0.75_224.pt")
