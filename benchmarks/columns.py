@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cells import Column, Row, files, interval, kilobytes, machine, ratio, table
+from cells import Column, Row, files, interval, machine, ratio, table
+from columns_low_precision import LOW_PRECISION
 
 
 def cifar10(contents: list[Row]) -> str:
@@ -206,53 +207,8 @@ def shift_torch(contents: list[Row]) -> str:
     return table(columns, content["rows"], caption)
 
 
-WAYS = {
-    "nearest": "to the nearest",
-    "mse": "scales by squared error",
-    "adaround": "`AdaRound`",
-    "mixed": "`MixedPrecision`, `AdaRound`",
-    "learned": "`AdaRound`, trained with learned steps",
-}
-
-
-def low_bits(contents: list[Row]) -> str:
-    (content,) = contents
-    columns: dict[str, Column] = {
-        "model": lambda row: row["model"],
-        "bits": lambda row: str(row["bits"]),
-        "rounding": lambda row: WAYS[row["way"]],
-        "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
-        "against float, points": lambda row: interval(row["paired"]),
-        "file": files,
-        "ONNX file": lambda row: kilobytes(row["onnx_bytes"]),
-    }
-    caption = (
-        "Weights of so many bits (`MixedPrecision`: on average a tenth less), activations of 8, calibrated on 1,024 "
-        f"images; CIFAR-10 test, seed 0. {machine(content)}. `python benchmarks/low_bits.py`"
-    )
-    return table(columns, content["rows"], caption)
-
-
-def mobilenet(contents: list[Row]) -> str:
-    (content,) = contents
-    columns: dict[str, Column] = {
-        "network": lambda row: row["variant"],
-        "top-1 % (95 %)": lambda row: f"{row['top1']:.1f} ({row['low']:.1f}-{row['high']:.1f})",
-        "against float, points": lambda row: interval(row["paired"], 1),
-        "other answers": lambda row: str(row["changed_answers"]),
-        "file": lambda row: kilobytes(row["bytes"]),
-    }
-    caption = (
-        "The published MobileNet-V1 0.75; 500 validation images of imagenette-mini among 1000 classes. Calibrated, and "
-        "corrected, on training images of the same ten classes, which flatters what is solved on them. "
-        f"{machine(content)}. `python benchmarks/mobilenet.py`"
-    )
-    return table(columns, content["rows"], caption)
-
-
 TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "low_bits": low_bits,
-    "mobilenet": mobilenet,
+    **LOW_PRECISION,
     "cifar10": cifar10,
     "shift_start": shift_start,
     "operators": operators,

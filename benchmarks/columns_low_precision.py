@@ -1,0 +1,102 @@
+"""The tables about low precision: from stored results to Markdown, as in `columns.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cells import Column, Row, files, interval, kilobytes, machine, ratio, table
+
+WAYS = {
+    "nearest": "to the nearest",
+    "mse": "scales by squared error",
+    "adaround": "`AdaRound`",
+    "mixed": "`MixedPrecision`, `AdaRound`",
+    "learned": "`AdaRound`, trained with learned steps",
+}
+
+
+def low_bits(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "model": lambda row: row["model"],
+        "bits": lambda row: str(row["bits"]),
+        "rounding": lambda row: WAYS[row["way"]],
+        "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
+        "against float, points": lambda row: interval(row["paired"]),
+        "file": files,
+        "ONNX file": lambda row: kilobytes(row["onnx_bytes"]),
+    }
+    caption = (
+        "Weights of so many bits (`MixedPrecision`: on average a tenth less), activations of 8, calibrated on 1,024 "
+        f"images; CIFAR-10 test, seed 0. {machine(content)}. `python benchmarks/low_bits.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
+def mobilenet(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "network": lambda row: row["variant"],
+        "top-1 % (95 %)": lambda row: f"{row['top1']:.1f} ({row['low']:.1f}-{row['high']:.1f})",
+        "against float, points": lambda row: interval(row["paired"], 1),
+        "other answers": lambda row: str(row["changed_answers"]),
+        "file": lambda row: kilobytes(row["bytes"]),
+    }
+    caption = (
+        "The published MobileNet-V1 0.75; 500 validation images of imagenette-mini among 1000 classes. Calibrated, and "
+        "corrected, on training images of the same ten classes, which flatters what is solved on them. "
+        f"{machine(content)}. `python benchmarks/mobilenet.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
+def peers(contents: list[Row]) -> str:
+    (content,) = contents
+
+    def top1(name: str) -> Column:
+        return lambda row: f"{row['accuracy'][name]['top1']:.2f}"
+
+    def against(batch: int) -> Column:
+        return lambda row: ratio(row["latency"][f"onnxruntime, batch {batch}"]["ours"])
+
+    columns: dict[str, Column] = {
+        "network": lambda row: row["network"],
+        "float, top-1 %": top1("float"),
+        "ours": top1("ours"),
+        "onnxruntime's": top1("onnxruntime"),
+        "ONNX file": lambda row: kilobytes(row["bytes"]["ours"]),
+        "onnxruntime's file": lambda row: kilobytes(row["bytes"]["onnxruntime"]),
+        "time, batch 1": against(1),
+        "batch 32": against(32),
+    }
+    caption = (
+        "Int8 without training, the same calibration images; time: ours over onnxruntime's own static quantization, in "
+        f"onnxruntime. {content['data']}. {machine(content)}. `python benchmarks/peers.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
+def torch_compile(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "model": lambda row: row["model"],
+        "batch": lambda row: str(row["batch"]),
+        "times faster": lambda row: f"{row['times_faster']:.2f}",
+        "layers in int8": lambda row: (
+            f"{sum(row['kernels'].values()) - row['kernels']['layers']} of {row['kernels']['layers']}"
+        ),
+        "float, ms": lambda row: f"{row['fp32 eager']['p50_ms']:.2f}",
+    }
+    caption = (
+        "`model.x86.pt2` of recipe `int8` under `torch.compile` against the float network, batch norm folded, eager "
+        f"and channels-last. {machine(content)}. `python benchmarks/torch_compile.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
+LOW_PRECISION: dict[str, Callable[[list[Row]], str]] = {
+    "low_bits": low_bits,
+    "mobilenet": mobilenet,
+    "peers": peers,
+    "torch_compile": torch_compile,
+}
