@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from compress.lower.fold import shown
-from compress.nn.places import trace
+from compress.nn.places import operator_name, trace
 from compress.stage import Keep
 from compress.surgery import is_ours, kind, leaves, output_layers
 
@@ -126,7 +126,7 @@ class _Search:
             raise Keep(f"it gives {self.shapes.get(node.name)}, whose channels stand elsewhere")
 
     def _reader(self, node: fx.Node) -> fx.Node:
-        readers = [reader for reader in node.users if _operator(reader) not in _ASKS]
+        readers = [reader for reader in node.users if operator_name(reader) not in _ASKS]
         if len(readers) != 1:
             raise Keep(f"{' and '.join(map(shown, readers)) or 'nobody'} read{'s' * (not readers)} its output")
         if readers[0].op == "output":
@@ -135,7 +135,7 @@ class _Search:
 
     def _pass(self, node: fx.Node, reader: fx.Node) -> bool:
         """Raise `Keep` for what does not let a channel's factor through; else whether it puts zeros around the map."""
-        layer, name = self._called(reader), _operator(reader)
+        layer, name = self._called(reader), operator_name(reader)
         given, made = self.shapes[node.name], self.shapes.get(reader.name, ())
         reason = Keep(f"{shown(reader)} reads it, which does not let a scale through")
         if name == "relu6":
@@ -181,15 +181,8 @@ def _shapes(model: nn.Module, graph: fx.Graph, example: Tensor) -> dict[str, tup
     return shapes
 
 
-def _operator(node: fx.Node) -> str:
-    """The name of a function or method; "" for what is none."""
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
-
-
 def _flat(node: fx.Node, layer: nn.Module | None) -> bool:
-    return _operator(node) in _FLATTENS or (layer is not None and kind(layer) is nn.Flatten)
+    return operator_name(node) in _FLATTENS or (layer is not None and kind(layer) is nn.Flatten)
 
 
 def _over_positions(node: fx.Node, axes: int) -> bool:

@@ -171,10 +171,7 @@ class FakeQuantizeWeight(nn.Module):
     def fix(self) -> None:
         """Leave the scales as they are from here on."""
         self.step = "fixed"
-        if isinstance(self.scale, nn.Parameter):
-            scale = self.scale.detach().clone()
-            del self.scale
-            self.register_buffer("scale", scale)
+        _keep_scale(self)
 
     def parameter_rules(self) -> dict[str, dict[str, float]]:
         """How an optimizer has to treat the scales where they learn: without decay."""
@@ -244,10 +241,7 @@ class FakeQuantize(nn.Module):
     def fix(self) -> None:
         """Leave the range as it is from here on."""
         self.learn = False
-        if isinstance(self.scale, nn.Parameter):
-            scale = self.scale.detach().clone()
-            del self.scale
-            self.register_buffer("scale", scale)
+        _keep_scale(self)
 
     def parameter_rules(self) -> dict[str, dict[str, float]]:
         """How an optimizer has to treat the scale where it learns: without decay."""
@@ -258,6 +252,14 @@ class FakeQuantize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
+
+
+def _keep_scale(module: FakeQuantizeWeight | FakeQuantize) -> None:
+    """Make a trained scale a buffer, which no optimizer sees."""
+    if isinstance(module.scale, nn.Parameter):
+        scale = module.scale.detach().clone()
+        del module.scale
+        module.register_buffer("scale", scale)
 
 
 def scaled_gradient(x: Tensor, factor: float) -> Tensor:

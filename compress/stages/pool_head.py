@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from compress.errors import ConfigError
-from compress.nn.places import trace
+from compress.nn.places import operator_name, trace
 from compress.nn.pooled import PooledLinear
 from compress.reconstruct import Pairs, fit_convolution, plain_images
 from compress.stage import Edit, Keep
@@ -168,12 +168,12 @@ class _Search:
         first = max(place for place, node in enumerate(chain) if self._is_linear(node))
         inner, outer = chain[: first + 1], chain[first + 1 :]
         flattens = [place for place, node in enumerate(outer) if self._flattens(node)]
-        if not flattens and _operator(before) != "mean":
+        if not flattens and operator_name(before) != "mean":
             raise _refused(f"{_shown(before)} stands in front of {inner[-1].target}, where a flattened map should be")
         flat = map_ = outer[flattens[0]] if flattens else before
         while self._flattens(map_):
             map_ = map_.all_input_nodes[0]
-        if map_.op != "call_module" and _operator(map_) in _REORDERS:
+        if map_.op != "call_module" and operator_name(map_) in _REORDERS:
             raise _refused(f"{_shown(map_)} reorders the map in front of it")
         if not self._has_weights(map_):
             raise _refused(f"no layer with weights comes before {inner[-1].target}, so there is no map to average")
@@ -199,7 +199,7 @@ class _Search:
         going = []
         for node in inner[::-1]:
             module, name = self._called(node), str(node.target)
-            if module is None and _operator(node) not in _CLIPS | _UNCHANGING:
+            if module is None and operator_name(node) not in _CLIPS | _UNCHANGING:
                 raise _refused(f"{_shown(node)} stands between its layers")
             alone = module is not None and calls[node.target] == within[node.target]
             if not alone and _in_place(node, module):
@@ -217,12 +217,12 @@ class _Search:
     def _passes(self, node: fx.Node) -> bool:
         module = self._called(node)
         if module is None:
-            return self._flattens(node) or _operator(node) in _CLIPS
+            return self._flattens(node) or operator_name(node) in _CLIPS
         return kind(module) in (nn.Linear, nn.Flatten, *_BETWEEN)
 
     def _flattens(self, node: fx.Node) -> bool:
         module = self._called(node)
-        return _operator(node) in _FLATTENS if module is None else kind(module) is nn.Flatten
+        return operator_name(node) in _FLATTENS if module is None else kind(module) is nn.Flatten
 
     def _is_linear(self, node: fx.Node) -> bool:
         module = self._called(node)
@@ -241,13 +241,6 @@ class _Search:
             waiting += [source for source in node.all_input_nodes if source not in seen]
             seen |= set(node.all_input_nodes)
         return False
-
-
-def _operator(node: fx.Node) -> str:
-    """The name of a function or method; "" for what is none."""
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
 def _in_place(node: fx.Node, module: nn.Module | None) -> bool:
