@@ -279,8 +279,9 @@ def _optimizer(model: nn.Module, settings: FineTune) -> torch.optim.Optimizer:
         for (scale, decay), parameters in groups.items()
     ]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(listed)
-    return torch.optim.SGD(listed, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+        return torch.optim.AdamW(listed, fused=True)
+    momentum = settings.momentum
+    return torch.optim.SGD(listed, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
 
 
 def _blend(average: nn.Module, model: nn.Module, decay: float) -> None:
