@@ -116,6 +116,19 @@ def test_a_learned_range_has_the_gradient_of_the_paper() -> None:
     torch.testing.assert_close(module.eval()(x), rounded * 0.3)
 
 
+@pytest.mark.parametrize("learn", [False, True])
+def test_training_sees_the_numbers_of_evaluation_and_passes_gradients_inside_the_range(learn: bool) -> None:
+    x = (torch.randn(2, 3, 8, 8) * 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+    module = FakeQuantize(4, learn=learn)
+    module.set_range(0.123, 5)
+    out = module(x)
+    assert torch.equal(out, module.eval()(x))
+    slopes = torch.randn_like(x)
+    out.backward(slopes)
+    inside = (x > -5 * 0.123) & (x < 10 * 0.123)
+    assert x.grad is not None and torch.equal(x.grad, torch.where(inside, slopes, 0.0))
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -10,10 +10,11 @@ that are powers of two.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from compress.nn.straight_through import rounded
 
 STEPS = ("follow", "fixed", "learn")
 GRIDS = ("uniform", "power_of_two")
@@ -84,7 +85,7 @@ class FakeQuantizeWeight(nn.Module):
             if self.training and self.step == "follow":
                 self.follow(weight)
             if self.grid == "power_of_two":
-                quantized = _straight_through(runs.clamp(low * self._column(), high * self._column()), self._nearest)
+                quantized = rounded(runs, self._column(), low, high, nearest=nearest_power)
             else:
                 scale, zero = self.scale.detach(), self._zeros()
                 quantized = torch.fake_quantize_per_channel_affine(runs, scale, zero, 0, low, high)
@@ -93,10 +94,9 @@ class FakeQuantizeWeight(nn.Module):
     def _learning(self, runs: Tensor) -> Tensor:
         with torch.no_grad():
             self.scale.clamp_(min=torch.finfo(self.scale.dtype).tiny * 2**24)
-        scale = scaled_gradient(self.scale, 1 / math.sqrt(runs.shape[1] * self.limits[1])).unsqueeze(1)
-        low, high = self.bounds
-        integers = (runs / scale).clamp(low.unsqueeze(1), high.unsqueeze(1))
-        return _straight_through(integers, self.nearest) * scale
+        low, high = (bound.unsqueeze(1) for bound in self.bounds)
+        factor = 1 / math.sqrt(runs.shape[1] * self.limits[1])
+        return rounded(runs, self.scale.unsqueeze(1), low, high, factor, self.nearest)
 
     def _zeros(self) -> Tensor:
         return torch.zeros_like(self.scale, dtype=torch.int32) if self.symmetric else self.zero_point
@@ -113,9 +113,6 @@ class FakeQuantizeWeight(nn.Module):
 
     def _column(self) -> Tensor:
         return self.scale.detach().unsqueeze(1)
-
-    def _nearest(self, runs: Tensor) -> Tensor:
-        return nearest_power(runs * (1 / self._column())) * self._column()
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -227,16 +224,15 @@ class FakeQuantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()  # also under autocast: bfloat16 cannot hold the grid's values
-        if self.training and self.learn:
-            return self._learning(x)
-        return torch.fake_quantize_per_tensor_affine(x, self.scale.detach(), self.zero_point, 0, self.largest)
-
-    def _learning(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.scale.clamp_(min=torch.finfo(self.scale.dtype).tiny * 2**24)
-        zero = self.zero_point
-        scale = scaled_gradient(self.scale, 1 / math.sqrt(x[0].numel() * self.largest))
-        return _straight_through((x / scale).clamp(-zero, self.largest - zero), torch.round) * scale
+        if not self.training:
+            return torch.fake_quantize_per_tensor_affine(x, self.scale.detach(), self.zero_point, 0, self.largest)
+        if self.learn:
+            with torch.no_grad():
+                self.scale.clamp_(min=torch.finfo(self.scale.dtype).tiny * 2**24)
+        # plain numbers halve the time on a CPU; elsewhere to ask for them would wait for the device
+        zero = int(self.zero_point) if x.is_cpu else self.zero_point
+        factor = 1 / math.sqrt(x[0].numel() * self.largest)
+        return rounded(x, self.scale, -zero, self.largest - zero, factor)
 
     def fix(self) -> None:
         """Leave the range as it is from here on."""
@@ -262,20 +258,11 @@ def _keep_scale(module: FakeQuantizeWeight | FakeQuantize) -> None:
         module.register_buffer("scale", scale)
 
 
-def scaled_gradient(x: Tensor, factor: float) -> Tensor:
-    """`x` itself, whose gradient arrives times `factor`."""
-    return (x * factor) + (x * (1 - factor)).detach()
-
-
 def nearest_power(x: Tensor) -> Tensor:
     """The nearest of 0, +-1, +-2, +-4, ... to each number; what lies half-way goes up."""
     size = x.abs()
     power = torch.exp2(torch.floor(torch.log2(size.clamp(min=1) * (4 / 3))))
     return x.sign() * torch.where(size < 0.5, torch.zeros_like(size), power)
-
-
-def _straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
-    return rounding(x).detach() + (x - x.detach())  # the second term is zero, exactly
 
 
 def check_bits(bits: int, most: int = 8) -> None:
