@@ -56,8 +56,8 @@ def peers(contents: list[Row]) -> str:
     def top1(name: str) -> Column:
         return lambda row: f"{row['accuracy'][name]['top1']:.2f}"
 
-    def against(batch: int) -> Column:
-        return lambda row: ratio(row["latency"][f"onnxruntime, batch {batch}"]["ours"])
+    def against(peer: str, batch: int) -> Column:
+        return lambda row: ratio(row["latency"][f"{peer}, batch {batch}"]["ours"])
 
     columns: dict[str, Column] = {
         "network": lambda row: row["network"],
@@ -66,12 +66,18 @@ def peers(contents: list[Row]) -> str:
         "onnxruntime's": top1("onnxruntime"),
         "ONNX file": lambda row: kilobytes(row["bytes"]["ours"]),
         "onnxruntime's file": lambda row: kilobytes(row["bytes"]["onnxruntime"]),
-        "time, batch 1": against(1),
-        "batch 32": against(32),
+        "time against onnxruntime's, batch 1": against("onnxruntime", 1),
+        "batch 32": against("onnxruntime", 32),
+        "NNCF's": top1("nncf"),
+        "NNCF's file": lambda row: kilobytes(row["bytes"]["nncf"]),
+        "time against NNCF's, batch 1": against("nncf", 1),
+        "batch 32 ": against("nncf", 32),
+        "torch and the file agree": lambda row: f"{row['torch_agrees_percent']:.2f} %",
     }
     caption = (
-        "Int8 without training, the same calibration images; time: ours over onnxruntime's own static quantization, in "
-        f"onnxruntime. {content['data']}. {machine(content)}. `python benchmarks/peers.py`"
+        "Int8 without training, the same calibration images. Top-1 of the ONNX files in onnxruntime; time against "
+        "onnxruntime's own static quantization in onnxruntime, against NNCF's in OpenVINO. "
+        f"{content['data']}. {machine(content)}. `python benchmarks/peers.py`"
     )
     return table(columns, content["rows"], caption)
 
@@ -94,9 +100,42 @@ def torch_compile(contents: list[Row]) -> str:
     return table(columns, content["rows"], caption)
 
 
+def runtimes(contents: list[Row]) -> str:
+    (content,) = contents
+
+    def time(name: str, batch: int) -> Column:
+        def cell(row: Row) -> str:
+            (found,) = (r for r in content["rows"] if (r["model"], r["runtime"], r["batch"]) == (*key(row), batch))
+            return ratio(found["int8"]) if name == "ratio" else f"{found[name]['p50_ms']:.2f}"
+
+        return cell
+
+    def key(row: Row) -> tuple[str, str]:
+        return row["model"], row["runtime"]
+
+    columns: dict[str, Column] = {
+        "model": lambda row: row["model"],
+        "runtime": lambda row: row["runtime"],
+        "file": lambda row: f"`{row['file']}`",
+        "float, batch 1, ms": time("float", 1),
+        "int8": time("int8", 1),
+        "int8 over float": time("ratio", 1),
+        "float, batch 32, ms": time("float", 32),
+        "int8 ": time("int8", 32),
+        "int8 over float ": time("ratio", 32),
+    }
+    rows = [row for row in content["rows"] if row["batch"] == 1]
+    caption = (
+        "Recipe `int8` beside the float network in the same runtime; medians of a whole batch, the ratio with its "
+        f"smallest and largest round; {machine(content)}. `python benchmarks/runtimes.py`"
+    )
+    return table(columns, rows, caption)
+
+
 LOW_PRECISION: dict[str, Callable[[list[Row]], str]] = {
     "low_bits": low_bits,
     "mobilenet": mobilenet,
     "peers": peers,
+    "runtimes": runtimes,
     "torch_compile": torch_compile,
 }

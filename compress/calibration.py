@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import DataError
+from compress.errors import ConfigError, DataError
 from compress.nn.places import place_quantizers
 from compress.nn.quantized import FakeQuantize
 from compress.task import Task, Work
@@ -24,12 +24,21 @@ OBSERVERS = ("histogram", "minmax", "average", "percentile")
 
 @dataclass(frozen=True)
 class Ranges:
-    """How ranges are found: the observer, its percentile (for "percentile"), and whether they lie around zero."""
+    """How ranges are found: the observer, its percentile (for "percentile"), whether they lie around zero, on how many
+    images. Raises ConfigError for settings that make no sense."""
 
     observer: str
     percentile: float
     symmetric: bool
-    images: int
+    calibration_images: int
+
+    def __post_init__(self) -> None:
+        if self.observer not in OBSERVERS:
+            raise ConfigError(f"`observer` (={self.observer!r}) must be one of {', '.join(OBSERVERS)}.")
+        if not 50 < self.percentile <= 100:
+            raise ConfigError(f"`percentile` (={self.percentile}) must be above 50 and at most 100; 99.99 is usual.")
+        if self.calibration_images < 1:
+            raise ConfigError(f"`calibration_images` (={self.calibration_images}) must be at least 1.")
 
 
 def calibrated(
@@ -41,7 +50,7 @@ def calibrated(
         DataError: there are no images, or a tensor is not finite, or nothing but zero.
     """
     observers = {place: _Observed(place, number, how).to(task.device) for place, number in bits.items()}
-    batches = [batch for batch in _first(task.calibration, how.images) if len(batch)]
+    batches = [batch for batch in _first(task.calibration, how.calibration_images) if len(batch)]
     if not batches:
         raise DataError("calibration has no images; give the task some, or quantize weights only.")
     observed = place_quantizers(model, observers)

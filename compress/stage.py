@@ -59,14 +59,19 @@ _QUANTIZED = "a quantized layer's integers belong to the weights it was calibrat
 _CLUSTERED = (
     "clustered weights share one table of values in a layer, which it would tear apart; move it before `{later}`"
 )
+_PRUNED = "pruned weights stay zero, which what it computes anew would not; move it before `{later}`"
 _TWICE = "the model is quantized already; keep one of the two"
 _TWICE_CLUSTERED = "the weights are clustered already; keep one of the two"
 
-KINDS = ("substitute", "fold", "equalize", "cluster", "quantize", "correct", "finetune")
+KINDS = ("substitute", "factorize", "prune", "fold", "equalize", "cluster", "quantize", "correct", "finetune")
 _REFUSED = {
-    "cluster": {"substitute": _CLUSTERED, "equalize": _CLUSTERED, "cluster": _TWICE_CLUSTERED},
+    "prune": dict.fromkeys(("substitute", "factorize"), _PRUNED),
+    "cluster": {
+        **dict.fromkeys(("substitute", "factorize", "prune", "equalize"), _CLUSTERED),
+        "cluster": _TWICE_CLUSTERED,
+    },
     "quantize": {
-        **dict.fromkeys(("substitute", "fold", "equalize", "cluster"), _QUANTIZED),
+        **dict.fromkeys(("substitute", "factorize", "prune", "fold", "equalize", "cluster"), _QUANTIZED),
         "quantize": _TWICE,
     },
 }

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import UserError
 from compress.measure import HOROWITZ_45NM, accuracy, available_threads, energy, latency, paired, profile, wilson
+from compress.nn.quantized import FakeQuantize
 
 EXAMPLE = torch.randn(2, 8, 13, 12, generator=torch.Generator().manual_seed(0))
 
@@ -113,6 +114,7 @@ def test_a_masked_weight_counts_once_by_what_forward_sees() -> None:
     assert (found.params, found.nonzero) == (8 * 8 * 9, 4 * 8 * 9)
     assert found.macs == 8 * 8 * 9 * 11 * 10
     assert found.uncounted == ()
+    assert profile(nn.Sequential(FakeQuantize(8, learn=True), *model), EXAMPLE) == found
 
 
 def test_a_shared_module_counts_weights_once_and_work_twice() -> None:

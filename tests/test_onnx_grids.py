@@ -163,6 +163,24 @@ def test_groups_in_layers_of_ours_are_integers_or_told(taps: int, tmp_path: Path
     assert float_weights(path) == (["0.weight"] if taps == 1 else ["0.weight", "3.weight"])
 
 
+def test_four_bits_without_activations_are_the_formats_own_int4(tmp_path: Path) -> None:
+    model = quantize(net(), tmp_path, weight_bits=4, activation_bits=None).model
+    path = tmp_path / "model.onnx"
+    report = export_onnx(model, images()[:2], path, input=INPUT)
+    initializers = {t.name: t for t in onnx.load(path).graph.initializer}
+    for name in ("0", "2", "4", "8"):
+        weight = initializers[f"{name}.weight_int4"]
+        count = model.get_submodule(name).weight.numel()
+        assert weight.data_type == onnx.TensorProto.INT4 and len(weight.raw_data) == (count + 1) // 2
+    assert float_weights(path) == [] and report["float_layers"] == {}
+    expected = model(images()).detach()
+    assert difference(run_file(path, images()), expected) < 1e-5
+    openvino = pytest.importorskip("openvino")
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}  # else inputs are rounded
+    compiled = openvino.Core().compile_model(path, "CPU", exact)
+    assert difference(torch.from_numpy(compiled(images().numpy())[0].copy()), expected) < 1e-5
+
+
 def test_an_excluded_layer_keeps_its_float_weights_in_the_runtime(tmp_path: Path) -> None:
     model = quantize(warm(net()), tmp_path, exclude=["2"]).model
     path = tmp_path / "model.onnx"

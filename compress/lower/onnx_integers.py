@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from compress.lower.onnx_weights import dequantized, dequantized_groups, initializer
+from compress.lower.onnx_weights import dequantized, dequantized_groups, dequantized_int4, initializer
 from compress.lower.plain import Grid, Steps
 
 _MOVES = {
@@ -25,6 +25,7 @@ _MOVES = {
 }
 _LAYERS = ("Conv", "ConvTranspose", "Gemm")
 _INT32 = 2**31 - 1
+_INT4 = 7
 
 
 @torch.library.custom_op("compress::pair", mutates_args=())
@@ -127,6 +128,9 @@ def _layer(graph: ir.Graph, node: ir.Node, name: str, weights: Mapping[str, Step
             "computed in float"
         )
     largest = int(np.abs(numbers).max())
+    if not on_grid and largest <= _INT4:
+        dequantized_int4(graph, node, 1, numbers, scale, name)
+        return ""
     if largest > 127:
         assert zero is not None
         zero = zero.astype(np.int8)

@@ -3,18 +3,20 @@
 Few different numbers stand several to a byte, next to a table of what each byte means. `Cast -> Gather -> Reshape` of
 constants is computed when a runtime loads the file, which then finds the int8 weights it has integer kernels for.
 (onnxruntime 1.31 and OpenVINO 2026.4 do so. Int4 straight into a `DequantizeLinear` makes both of them compute in
-float, and OpenVINO refuses ONNX's int2.)
+float, so ONNX's own int4 is for layers that do so anyway; OpenVINO refuses ONNX's int2.)
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 Array = np.ndarray[Any, Any]
 
+OPSET_OF_INT4 = 21
 _NODES = 400  # bytes that the nodes around a table take, and their names
 
 
@@ -54,6 +56,14 @@ def dequantized(
         source = initializer(graph, f"{name}_{numbers.dtype}", numbers)
     value = _before(graph, node, "DequantizeLinear", [source, *parts], {"axis": 0} if grid[0].ndim else {})
     node.replace_input_with(index, value)
+
+
+def dequantized_int4(graph: ir.Graph, node: ir.Node, index: int, numbers: Array, scale: Array, name: str) -> None:
+    """The same with ONNX's own int4 (-8 to 7), for a layer that computes in float."""
+    graph.opset_imports[""] = max(graph.opset_imports[""], OPSET_OF_INT4)
+    source = initializer(graph, f"{name}_int4", numbers.astype(ml_dtypes.int4))
+    step = initializer(graph, f"{name}_scale", scale)
+    node.replace_input_with(index, _before(graph, node, "DequantizeLinear", [source, step], {"axis": 0}))
 
 
 def dequantized_groups(

@@ -13,11 +13,12 @@ from torch.nn.utils import parametrize
 
 from compress import surgery
 from compress.errors import UserError
+from compress.nn.quantized import FakeQuantize
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Their arithmetic folds into the layer before them, so by the usual convention it is not counted.
-FOLDING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FOLDING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FakeQuantize)
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Profile:
 
     params: elements of the parameters as the forward pass sees them. A masked or quantized weight counts once, by its
         effective tensor; the masks, codebooks and scales that make it up say how it is stored and show in the bytes of
-        a file, not here. Buffers (batch norm statistics, scales of quantizers) do not count.
+        a file, not here. Nor do the scales of activations, trained or not, nor buffers (batch norm statistics) count.
     nonzero: those of them that are not exactly zero.
     macs: multiply-adds for one image; padding positions count, biases, normalisation and activations do not.
     uncounted: modules that hold parameters but whose work is not in `macs`: of a kind not known here, or never called
@@ -89,7 +90,7 @@ def effective_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for part in lists.modules()
     }
     for prefix, module in model.named_modules():
-        if id(module) in inside:
+        if id(module) in inside or isinstance(module, FakeQuantize):  # whose scale may be trained
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if id(parameter) not in seen:

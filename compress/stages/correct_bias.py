@@ -24,7 +24,6 @@ Reference. Nagel et al., "Data-Free Quantization Through Weight Equalization and
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -34,7 +33,8 @@ from torch import Tensor, nn
 
 from compress.errors import ConfigError
 from compress.lower.tensors import round_biases
-from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
+from compress.nn.quantized import FakeQuantizeWeight
+from compress.quantization import without_grids
 from compress.reconstruct import execution_order, plain_images, seen_by
 from compress.stage import Edit, Site
 from compress.surgery import (
@@ -45,13 +45,12 @@ from compress.surgery import (
     left_out,
     matching,
     output_layers,
-    replace,
     require_change,
 )
 from compress.task import Task, Work
+from compress.walk import Walk
 
 METHODS = ("empirical", "analytic")
-AT_ONCE = 2**27  # numbers in the largest output over all images, up to which they go through the network together
 
 
 @dataclass(frozen=True)
@@ -118,28 +117,22 @@ class CorrectBias:
         self, model: nn.Module, layers: Mapping[str, nn.Module], images: Sequence[Tensor], work: Work
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Correct the layers, in this order; gives back how far their means were and are off, on average."""
-        reference = _without_grids(model)
+        reference = without_grids(model)
         wanted = _Means(reference, layers).over(images)
         before = _off(_Means(model, layers).over(images), wanted)
         if self.method == "analytic":
             for name, mean in _Means(reference, layers, inputs=True).over(images).mean.items():
                 _add(layers[name], _analytic(layers[name], reference.get_submodule(name), mean))
                 work.progress.step(name)
-        elif max(wanted.numbers.values()) <= AT_ONCE:
-            _at_once(model, layers, wanted.mean, torch.cat(list(images)), work)
         else:
-            _one_by_one(model, layers, wanted.mean, images, work)
+            try:
+                walk = Walk(model, images)
+            except ValueError:
+                _one_by_one(model, layers, wanted.mean, images, work)
+            else:
+                _walked(walk, layers, wanted.mean, images, work)
         round_biases(model)
         return before, _off(_Means(model, layers).over(images), wanted)
-
-
-def _without_grids(model: nn.Module) -> nn.Module:
-    """A copy of the model that computes with its latent weights and unrounded activations."""
-    result = copy.deepcopy(model)
-    for module in list(result.modules()):
-        if isinstance(module, FakeQuantize | FakeQuantizeWeight):
-            replace(result, module, nn.Identity())
-    return result.eval()
 
 
 class _Means:
@@ -201,28 +194,26 @@ def _add(layer: nn.Module, shift: Tensor) -> None:
     assert start == len(shift)
 
 
-def _at_once(
-    model: nn.Module, layers: Mapping[str, nn.Module], wanted: Mapping[str, Tensor], images: Tensor, work: Work
+def _walked(
+    walk: Walk, layers: Mapping[str, nn.Module], wanted: Mapping[str, Tensor], images: Sequence[Tensor], work: Work
 ) -> None:
-    """In one pass of all images: each layer is corrected when they come through, and goes on corrected."""
+    """All images go through the network once: where they come to a layer it is corrected, and so are they."""
+    for name, layer in layers.items():
+        outputs = walk.outputs(layer)
+        assert outputs is not None  # in the order of the forward pass, each called once
+        shift = wanted[name] - _mean_of([_mean(layer, output) for output in outputs], images)
+        _add(layer, shift)
+        shape = [1] * outputs[0].dim()
+        shape[_channels(layer)] = -1
+        for output in outputs:
+            output += shift.to(output.dtype).view(shape)
+        work.progress.step(name)
 
-    def watch(name: str) -> Any:
-        def correct(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            shift = wanted[name] - _mean(layer, output)
-            _add(layer, shift)
-            work.progress.step(name)
-            shape = [1] * output.dim()
-            shape[_channels(layer)] = -1
-            return output + shift.to(output.dtype).view(shape)
 
-        return layers[name].register_forward_hook(correct)
-
-    hooks = [watch(name) for name in layers]
-    try:
-        model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _mean_of(means: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
+    """The mean over all images, from those over each batch of them."""
+    weights = torch.tensor([len(batch) for batch in images], dtype=torch.double, device=means[0].device)
+    return torch.stack(list(means)).mul(weights.unsqueeze(1)).sum(0) / weights.sum()
 
 
 def _one_by_one(
@@ -232,10 +223,10 @@ def _one_by_one(
     images: Sequence[Tensor],
     work: Work,
 ) -> None:
-    """The same with a pass up to each layer, batch by batch: for images that are too many to go together."""
+    """The same with a pass up to each layer: for a network that cannot be walked through."""
     for name, layer in layers.items():
-        total = sum(_mean(layer, seen_by(model, layer, 1, batch)[0][1]) * len(batch) for batch in images)
-        _add(layer, wanted[name] - total / sum(map(len, images)))
+        means = [_mean(layer, seen_by(model, layer, 1, batch)[0][1]) for batch in images]
+        _add(layer, wanted[name] - _mean_of(means, images))
         work.progress.step(name)
 
 

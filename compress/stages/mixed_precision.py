@@ -14,7 +14,7 @@ Knobs. Exactly one budget: `like_bits`, as many bytes as uniform weights of so m
 them; `budget_bytes`, for the packed weights of the layers it takes; `changed`, at most so many of a hundred answers to
 validation images other than the base model's, before activations are rounded: top-1 cannot fall by more. `bits`: what
 a layer may get, 2 to 8. `images`: calibration images that sensitivities are measured on. `activation_bits`, `observer`,
-`calibration_images`, `learn`, `include`, `exclude`: as in `Quantize`.
+`percentile`, `calibration_images`, `learn`, `include`, `exclude`: as in `Quantize`.
 
 Measured. Not yet measured.
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.allocate import share_out
-from compress.calibration import OBSERVERS, Ranges
+from compress.calibration import Ranges
 from compress.errors import ConfigError
 from compress.quantization import KINDS, Plan, WeightGrid, quantize
 from compress.reconstruct import plain_images
@@ -58,6 +58,7 @@ class MixedPrecision:
     images: int = 256
     activation_bits: int | None = 8
     observer: str = "histogram"
+    percentile: float = 99.99
     learn: bool = False
     calibration_images: int = 1024
     include: list[str] = field(default_factory=list)
@@ -81,9 +82,8 @@ class MixedPrecision:
             raise ConfigError(f"`changed` (={self.changed}) must be above 0 and at most 100: answers of a hundred.")
         if self.activation_bits is not None and not 2 <= self.activation_bits <= 8:
             raise ConfigError(f"`activation_bits` (={self.activation_bits}) must be between 2 and 8, or null.")
-        if self.observer not in OBSERVERS:
-            raise ConfigError(f"`observer` (={self.observer!r}) must be one of {', '.join(OBSERVERS)}.")
-        for name in ("budget_bytes", "images", "calibration_images"):
+        self._ranges()  # checks its own settings
+        for name in ("budget_bytes", "images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
 
@@ -105,13 +105,10 @@ class MixedPrecision:
             told["weight_bytes"] = sum(table[name][b].cost for name, b in taken.items())
             return taken
 
-        activations = None
-        if self.activation_bits is not None:
-            activations = Ranges(self.observer, 100.0, False, self.calibration_images)
         inputs = self.activation_bits or 8
         plan = Plan(
             grid,
-            activations,
+            self._ranges() if self.activation_bits is not None else None,
             weight_bits,
             lambda names: dict.fromkeys(names, inputs),
             inputs,
@@ -121,6 +118,9 @@ class MixedPrecision:
         )
         edit = quantize(model, task, work, plan)
         return replace(edit, notes={**edit.notes, **told})
+
+    def _ranges(self) -> Ranges:
+        return Ranges(self.observer, self.percentile, False, self.calibration_images)
 
     def _shared_out(
         self, model: nn.Module, layers: Mapping[str, nn.Module], table: Table, task: Task

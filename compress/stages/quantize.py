@@ -36,7 +36,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from compress.calibration import OBSERVERS, Ranges
+from compress.calibration import Ranges
 from compress.errors import ConfigError
 from compress.nn.quantized import GRIDS, MOST_BITS
 from compress.quantization import GRANULARITIES, KINDS, WEIGHT_RANGES, Plan, WeightGrid, quantize
@@ -71,7 +71,8 @@ class Quantize:
     kinds: ClassVar[tuple[type[nn.Module], ...]] = KINDS
 
     def __post_init__(self) -> None:
-        choices = {"granularity": GRANULARITIES, "grid": GRIDS, "weight_range": WEIGHT_RANGES, "observer": OBSERVERS}
+        self._ranges()  # checks its own settings
+        choices = {"granularity": GRANULARITIES, "grid": GRIDS, "weight_range": WEIGHT_RANGES}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"`{name}` (={getattr(self, name)!r}) must be one of {', '.join(known)}.")
@@ -90,11 +91,8 @@ class Quantize:
                 raise ConfigError(f"`{name}` (={bits}) must be between 2 and {most}; {remedy}.")
         if self.grid == "power_of_two" and not self.symmetric:
             raise ConfigError("`symmetric` (=False) must be true for powers of two, which stand around zero.")
-        if not 50 < self.percentile <= 100:
-            raise ConfigError(f"`percentile` (={self.percentile}) must be above 50 and at most 100; 99.99 is usual.")
-        for name in ("calibration_images", "group_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
+        if self.group_size < 1:
+            raise ConfigError(f"`group_size` (={self.group_size}) must be at least 1.")
         if self.activation_bits is None and self.inputs:
             raise ConfigError("`inputs` gives bits to activations, which `activation_bits: null` leaves in float.")
 
@@ -102,12 +100,9 @@ class Quantize:
         weights = WeightGrid(
             self.granularity, self.group_size, self.symmetric, self.grid, self.weight_range, self.learn
         )
-        activations = None
-        if self.activation_bits is not None:
-            activations = Ranges(self.observer, self.percentile, self.symmetric_activations, self.calibration_images)
         plan = Plan(
             weights,
-            activations,
+            self._ranges() if self.activation_bits is not None else None,
             self._weight_bits,
             self._activation_bits,
             self.activation_bits or 8,
@@ -116,6 +111,9 @@ class Quantize:
             self.exclude,
         )
         return quantize(model, task, work, plan)
+
+    def _ranges(self) -> Ranges:
+        return Ranges(self.observer, self.percentile, self.symmetric_activations, self.calibration_images)
 
     def _weight_bits(self, names: list[str]) -> dict[str, int]:
         return self._ends(names, self.weight_bits) | _overridden("layers", self.layers, names)
