@@ -30,7 +30,7 @@ from compress.train import logits
 
 INPUT = {"mean": [0.5] * 3, "std": [0.5] * 3}
 IMAGES = 256  # of the training images, that ranges are calibrated on
-MEANS = 192  # that biases are corrected on: as many as go through the network together
+MEANS = 192  # that biases are corrected on
 ROUNDED = 128  # that AdaRound solves on
 SETTINGS: dict[str, Any] = {"classes": 1000, "width": 0.75}
 
@@ -42,6 +42,7 @@ VARIANTS: dict[str, list[Stage]] = {
     "float, equalized, ReLU6 kept": [KEEP],
     "float, equalized, ReLU6 replaced": [REPLACE],
     "int8 per channel": [CHANNEL],
+    "int8 per channel, corrected": [CHANNEL, CORRECT],
     "int8 per tensor": [TENSOR],
     "int8 per tensor, corrected": [TENSOR, CORRECT],
     "int8 per tensor, equalized, ReLU6 replaced, corrected": [REPLACE, TENSOR, CORRECT],

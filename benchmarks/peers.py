@@ -30,7 +30,7 @@ from compress.lower import export_onnx
 from compress.measure import accuracy, latency
 from compress.models import mobilenet_v1, resnet20, resnet56
 from compress.models.weights import load_weights
-from compress.stages import Quantize
+from compress.stages import CorrectBias, Quantize
 from compress.task import Task, Work
 from compress.train import logits
 
@@ -114,8 +114,9 @@ def compared(network: str, folder: Path) -> Row:
     example: Tensor = next(iter(task.calibration))[0][:8]
     files = {"float": folder / "float.onnx", "ours": folder / "ours.onnx"}
     export_onnx(model, example, files["float"], input=task.input)
-    edit = Quantize(calibration_images=IMAGES)(copy.deepcopy(model), task, Work(folder))
-    export_onnx(edit.model, example, files["ours"], input=task.input)
+    ours = Quantize(calibration_images=IMAGES)(copy.deepcopy(model), task, Work(folder)).model
+    ours = CorrectBias()(ours, task, Work(folder)).model
+    export_onnx(ours, example, files["ours"], input=task.input)
     files["onnxruntime"] = by_onnxruntime(files["float"], folder / "onnxruntime.onnx", task)
     peers = {"onnxruntime": "onnxruntime"}
     if find_spec("nncf") is not None:
@@ -123,7 +124,7 @@ def compared(network: str, folder: Path) -> Row:
         peers["nncf"] = "openvino"
     row: Row = {"network": network, "bytes": {name: path.stat().st_size for name, path in files.items()}}
     named = {name: answers(path, task) for name, path in files.items()}
-    in_torch, labels = logits(edit.model, task.test, torch.device("cpu"))
+    in_torch, labels = logits(ours, task.test, torch.device("cpu"))
     row["accuracy"] = {name: accuracy(int((each == labels).sum()), len(labels)) for name, each in named.items()}
     row["torch_agrees_percent"] = 100 * float((in_torch.argmax(1) == named["ours"]).float().mean())
     row["latency"] = {

@@ -20,7 +20,16 @@ from compress.blueprint import Parts, assemble, describe
 from compress.constructors import Build, build_base, canonical_build, foreign
 from compress.errors import CheckpointError, UserError
 from compress.files import write
-from compress.packing import Slot, decoded_bytes, fill_state, pack_state, plain_name, state_of
+from compress.packing import (
+    Slot,
+    decoded_bytes,
+    fill_state,
+    known_by_zeros,
+    pack_state,
+    plain_name,
+    state_of,
+    take_from_zeros,
+)
 from compress.sealed import FORMAT, FORMS, read_bytes, require_folder, seal, unseal
 from compress.surgery import is_ours
 
@@ -62,14 +71,16 @@ def save(
     skeleton = _skeleton(parts, build, allow, limit=2**62)
     state = state_of(model)
     _require_same_structure(model, skeleton, state)
-    tensors, layout = pack_state(state, state_of(skeleton), grid, form)
+    masks = known_by_zeros(state) if form == "packed" else {}
+    stored = {name: slot for name, slot in state.items() if name not in masks}
+    tensors, layout = pack_state(stored, state_of(skeleton), grid, form)
     content = {
         **{"format": FORMAT, "form": form, "build": list(build), **parts, **layout},
         **{"input": dict(input), "provenance": dict(provenance), "results": dict(results)},
     }
     data = seal(content, tensors)
     if decoded_bytes(state) > _limit(len(data)):
-        tensors, layout = pack_state(state, state_of(skeleton), {}, "training")
+        tensors, layout = pack_state(stored, state_of(skeleton), {}, "training")
         data = seal({name: content[name] for name in content if name not in ("whole", "codecs")} | layout, tensors)
     _require_equal(model, _restore(*unseal(data), len(data), allow), input)
     write(path, data)
@@ -125,7 +136,7 @@ def _portable(model: nn.Module) -> nn.Module:
 def _drop_latent(model: nn.Module) -> dict[str, Tensor]:
     """Put what forward uses in place of what it is computed from; weights on a grid by name, as their integers.
 
-    Minus zeros, which a mask leaves behind, become zeros.
+    Minus zeros become zeros. Masks become what the zeros say; a schedule of pruning ends where it has come to.
     """
     for module in model.modules():
         if is_ours(module) and hasattr(module, "settle"):
@@ -137,6 +148,8 @@ def _drop_latent(model: nn.Module) -> dict[str, Tensor]:
     for path, chain in model.named_modules():
         if not isinstance(chain, ParametrizationList) or not chain.is_tensor:
             continue
+        if hasattr(chain[0], "from_zeros"):
+            chain.original.copy_(chain[0](chain.original))
         latent = chain.original.detach().clone()
         used = chain().detach() + 0.0
         last: Any = chain[-1]
@@ -147,6 +160,9 @@ def _drop_latent(model: nn.Module) -> dict[str, Tensor]:
                 continue
         if not _settles(chain, used, used):
             chain.original.copy_(latent)
+    for chain in model.modules():
+        if isinstance(chain, ParametrizationList):
+            take_from_zeros(chain)
     return grid
 
 

@@ -3,6 +3,7 @@
 Weights (of two or more dimensions, called `weight`) stand under their own names. All smaller tensors of a type stand
 one after the other, in the order of the state, in one tensor called "/<type>", and in "/<type>/whole" those floats
 that are whole numbers. Weights whose last parametrization has `integers()` and `values()` are stored as these integers.
+The packed form has no mask of a first parametrization that has `from_zeros()`: the weight's zeros say it.
 """
 
 from __future__ import annotations
@@ -57,6 +58,28 @@ def state_of(model: nn.Module) -> dict[str, Slot]:
 def plain_name(path: str) -> str:
     """The name that a tensor had before it was parametrized, from the path of its `ParametrizationList`."""
     return ".".join(f".{path}".rsplit(".parametrizations.", 1)).removeprefix(".")
+
+
+def known_by_zeros(state: Mapping[str, Slot]) -> dict[str, ParametrizationList]:
+    """The masks among the slots, by name, each with what it belongs to: zeros of the weight say what they are."""
+    chains = {id(holder): holder for slot in state.values() for holder, _, key in slot.holders if key == "original"}
+    owners = {id(c[0]): c for c in chains.values() if isinstance(c, ParametrizationList) and _from_zeros(c) is not None}
+    return {
+        name: owners[id(slot.holders[0][0])]
+        for name, slot in state.items()
+        if slot.holders[0][2] == "mask" and id(slot.holders[0][0]) in owners
+    }
+
+
+def take_from_zeros(chain: ParametrizationList) -> None:
+    """Let the mask in front of a weight, if there is one, become the mask of what is not zero."""
+    from_zeros = _from_zeros(chain)
+    if from_zeros is not None:
+        from_zeros(chain.original)
+
+
+def _from_zeros(chain: ParametrizationList) -> Any:
+    return getattr(chain[0], "from_zeros", None) if chain.is_tensor else None
 
 
 def decoded_bytes(state: Mapping[str, Slot]) -> int:
@@ -126,7 +149,10 @@ def fill_state(state: Mapping[str, Slot], content: Mapping[str, Any], tensors: M
     tensors = dict(tensors)
     scaled: dict[str, Tensor] = {}
     small: dict[tuple[str, torch.dtype], list[Slot]] = {}
+    masks = known_by_zeros(state) if content.get("form") == "packed" else {}
     for name, slot in state.items():
+        if name in masks:
+            continue
         dtype = _DTYPES[dtypes[name]] if name in dtypes else slot.tensor.dtype
         if _has_own_name(name, slot.tensor):
             codec = dict(codecs.get(name, {}))
@@ -148,6 +174,8 @@ def fill_state(state: Mapping[str, Slot], content: Mapping[str, Any], tensors: M
     for name, integers in scaled.items():
         # Only now: the scales are filled too.
         _put(state[name], _grid(name, state[name]).values(integers, state[name].tensor.dtype))
+    for chain in masks.values():
+        take_from_zeros(chain)
 
 
 def _grid(name: str, slot: Slot) -> Any:

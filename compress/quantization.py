@@ -15,10 +15,12 @@ from compress.calibration import Ranges, calibrated
 from compress.errors import ConfigError
 from compress.lower.fold import fold_batch_norm
 from compress.lower.tensors import Tensors, quantizable, round_biases
+from compress.nn.dynamic import FakeQuantizeDynamic, Float8Weight
+from compress.nn.masked import MaskedWeight
 from compress.nn.places import place_quantizers, quantizer_places, trace
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
 from compress.stage import Edit, Site
-from compress.surgery import describe, is_ours, kind, leaves, matching, replace, require_change
+from compress.surgery import describe, is_ours, kind, leaves, matching, replace, require_change, weighted
 from compress.task import Task, Work
 
 KINDS: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
@@ -112,7 +114,7 @@ def quantize(model: nn.Module, task: Task, work: Work, plan: Plan) -> Edit:
             cannot have what is asked for (it is named).
     """
     if is_quantized(model):
-        raise ConfigError("the model is quantized already; keep one of the two `Quantize` stages.")
+        raise ConfigError("the model is quantized already; keep one of the stages that quantize.")
     found = {name: layer for name, layer in leaves(model) if kind(layer) in KINDS or is_ours(layer)}
     kept = _kept(found, plan)
     was_training = model.training
@@ -164,16 +166,18 @@ def quantize(model: nn.Module, task: Task, work: Work, plan: Plan) -> Edit:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether any weight or activation of the model is quantized."""
-    return bool(quantizer_places(model)) or any(isinstance(m, FakeQuantizeWeight) for m in model.modules())
+    grids = FakeQuantizeWeight | Float8Weight | FakeQuantizeDynamic
+    return bool(quantizer_places(model)) or any(isinstance(module, grids) for module in model.modules())
 
 
 def own_grid(layer: nn.Module) -> FakeQuantizeWeight | None:
-    """The grid of a `Conv2d` or `Linear` whose weight is float numbers put on it, and nothing else."""
+    """The grid of a `Conv2d` or `Linear` whose weight is float numbers, masked or not, put on it, and nothing else."""
     if not parametrize.is_parametrized(layer, "weight"):
         return None
     chain = layer.parametrizations.weight  # type: ignore[union-attr]  # a module dict, by torch
     assert isinstance(chain, parametrize.ParametrizationList)
-    return chain[0] if len(chain) == 1 and isinstance(chain[0], FakeQuantizeWeight) else None
+    own = [part for part in chain if not isinstance(part, MaskedWeight)]
+    return own[0] if len(own) == 1 and isinstance(own[0], FakeQuantizeWeight) else None
 
 
 def without_grids(model: nn.Module) -> nn.Module:
@@ -183,11 +187,6 @@ def without_grids(model: nn.Module) -> nn.Module:
         if isinstance(module, FakeQuantize | FakeQuantizeWeight):
             replace(result, module, nn.Identity())
     return result.eval()
-
-
-def weighted(layer: nn.Module) -> list[nn.Module]:
-    """The convolutions and linear layers that a layer is made of; a plain one is itself."""
-    return [module for module in layer.modules() if kind(module) in KINDS]
 
 
 def _kept(found: Mapping[str, nn.Module], plan: Plan) -> dict[str, str]:

@@ -130,27 +130,26 @@ class Normal:
 class Equations:
     """Gathers the normal equations that fit a convolution of `layer`'s geometry to (input, wanted output) pairs.
 
-    Of every pair a fixed random choice of output positions is used, so that about `ROWS` rows come together over
+    Of every pair a fixed random choice of output positions is used, so that about `rows` rows come together over
     `images` images. With `bias` a constant joins the features.
     """
 
-    def __init__(self, layer: nn.Conv2d, images: int, bias: bool) -> None:
+    def __init__(self, layer: nn.Conv2d, images: int, bias: bool, rows: int = ROWS) -> None:
         self.layer, self.bias = layer, bias
-        self.wanted = max(1, math.ceil(ROWS / images))
+        self.wanted = max(1, math.ceil(rows / images))
         self.generator = torch.Generator().manual_seed(0)
         self.parts: list[Tensor] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in one batch: the layer's input (N, C, H, W) and the output wanted for it."""
-        layer = self.layer
-        rows = F.unfold(_padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)  # N, C * P, L
-        targets = y.flatten(2)
-        positions = rows.shape[-1]
+        layer, targets = self.layer, y.flatten(2)
+        positions = targets.shape[-1]
         if self.wanted < positions:
             chosen = torch.randperm(positions, generator=self.generator)[: self.wanted].to(x.device)
-            rows, targets = rows[..., chosen], targets[..., chosen]
-        a = _by_group(rows, layer.groups)
-        b = _by_group(targets, layer.groups)
+            rows, targets = _windows_at(layer, x, chosen, y.shape[-1]), targets[..., chosen]
+        else:
+            rows = windows(layer, x)
+        a, b = _by_group(rows, layer.groups), _by_group(targets, layer.groups)
         if self.bias:
             a = torch.cat((a, a.new_ones(a.shape[0], 1, a.shape[2])), 1)
         parts = [part.cpu().double() for part in (a @ a.mT, a @ b.mT, b.square().sum((1, 2)))]
@@ -164,9 +163,11 @@ class Equations:
         return Normal(gram, cross, power, self.bias)
 
 
-def normal_equations(layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], images: int, bias: bool) -> Normal:
+def normal_equations(
+    layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], images: int, bias: bool, rows: int = ROWS
+) -> Normal:
     """The normal equations that fit a convolution of this geometry to (input, wanted output) pairs; see `Equations`."""
-    equations = Equations(layer, images, bias)
+    equations = Equations(layer, images, bias, rows)
     for x, y in pairs:
         equations.add(x, y)
     return equations.normal()
@@ -196,6 +197,20 @@ def own_equations(
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """(N, C, L) -> (groups, C / groups, N * L)."""
     return x.view(len(x), groups, -1, x.shape[-1]).permute(1, 2, 0, 3).flatten(2)
+
+
+def windows(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What each output position of a convolution sees of its input: (N, C * P, L), channel by channel."""
+    return F.unfold(_padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)
+
+
+def _windows_at(layer: nn.Conv2d, x: Tensor, chosen: Tensor, width: int) -> Tensor:
+    """What `windows` gives at the `chosen` places of an output so wide, without the others: (N, C * P, chosen)."""
+    padded = _padded(layer, x)
+    rows, columns = (torch.arange(k) * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    inside = (rows.unsqueeze(1) * padded.shape[-1] + columns).flatten().to(chosen)
+    corners = chosen // width * layer.stride[0] * padded.shape[-1] + chosen % width * layer.stride[1]
+    return padded.flatten(2)[:, :, (inside.unsqueeze(1) + corners).flatten()].view(len(padded), -1, len(chosen))
 
 
 def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:

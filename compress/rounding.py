@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress.nn.geometry import spatial_config
+from compress.nn.masked import mask_of
 from compress.nn.quantized import FakeQuantizeWeight
 from compress.nn.shift import ShiftConv2d
 from compress.nn.taps import taps
@@ -188,16 +189,21 @@ class LayerRounding:
         return Output(gram, cross, self._by_feature(self._latent()), power), constant, count, wanted
 
     def _latent(self) -> Tensor:
-        """The float weight, beneath a grid where there is one."""
+        """The float weight, beneath a grid where there is one; zero where it is masked."""
         if parametrize.is_parametrized(self.holder, "weight"):
             weight = self.holder.parametrizations.weight.original  # type: ignore[union-attr]  # a module, by torch
             assert isinstance(weight, Tensor)
-            return weight
+            masked = mask_of(self.holder)
+            return weight if masked is None else torch.where(masked.mask, weight, 0.0)
         return self.holder.weight
 
     def _integers(self, grid: FakeQuantizeWeight, latent: Tensor) -> Integers:
         each = (grid.scale.detach(), *grid.bounds)
         scale, low, high = (self._by_feature(grid.spread(one, latent)) for one in each)
+        masked = mask_of(self.holder)
+        if masked is not None:  # its zeros have no other choice
+            free = self._by_feature(masked.mask)
+            low, high = low * free, high * free
         return Integers(scale, low, high, grid.nearest)
 
     def _by_feature(self, weight: Tensor) -> Tensor:

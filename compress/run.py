@@ -22,6 +22,7 @@ from compress.files import UNFINISHED
 from compress.lower import EXPORTS, SUFFIXES, write_file
 from compress.lower.forms import FORMS
 from compress.lower.pt2_x86 import pt2_x86_problems
+from compress.lower.torchao import is_dynamic, torchao_problems
 from compress.models.weights import load_weights
 from compress.reconstruct import plain_images
 from compress.rows import answers, plain, row
@@ -82,6 +83,8 @@ def run(
     if len(named) < len(stages):
         raise ConfigError("two stages of one class need names of their own: give `stages` as a mapping.")
     problems = order_problems(named) + (pt2_x86_problems(named) if "pt2_x86" in export else [])
+    if target == "cuda" and measure != "none" and build is None:
+        problems += torchao_problems(named)
     if problems or not named:
         raise ConfigError("\n".join(problems) or "`stages` must hold at least one stage.")
     if (build is None) == (model is None):
@@ -160,13 +163,16 @@ class _Place:
         with tempfile.TemporaryDirectory(prefix="compress-") as temporary:
             paths = {}
             for name, model in models.items():
-                if name == "result" and given:
+                if self.target == "cuda" and is_dynamic(model):  # no .pt2 holds the kernels that it runs in
+                    paths[name] = Path(temporary) / (name + measure.CHECKPOINT)
+                    self.save(model, str(paths[name]), task, "packed")
+                elif name == "result" and given:
                     paths[name] = self.folder / given
                 else:
                     paths[name] = Path(temporary) / (name + suffix)
                     self.write(model, paths[name], task)
             self.display.start("latency", 0)
-            measured = measure.latency(paths, task.example, target=self.target)
+            measured = measure.latency(paths, task.example, target=self.target, allow=store.home(self.build))
             self.display.end()
         return {name: asdict(latency) for name, latency in measured.items()}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compress.allocate import Choice
 from compress.codecs import pack
+from compress.nn.masked import mask_of
 from compress.quantization import WeightGrid
 from compress.reconstruct import execution_order
 from compress.rounding import LayerRounding, weight_holder
@@ -85,7 +86,7 @@ def _rounded(
 @contextlib.contextmanager
 def swapped(values: Mapping[nn.Conv2d | nn.Linear, tuple[Tensor, Tensor | None]]) -> Iterator[None]:
     """The layers with these weights and biases, for a while."""
-    before = {layer: (layer.weight.data, None if layer.bias is None else layer.bias.data) for layer in values}
+    before = {layer: (_held(layer).data, None if layer.bias is None else layer.bias.data) for layer in values}
     try:
         _set(values)
         yield
@@ -95,9 +96,16 @@ def swapped(values: Mapping[nn.Conv2d | nn.Linear, tuple[Tensor, Tensor | None]]
 
 def _set(values: Mapping[nn.Conv2d | nn.Linear, tuple[Tensor, Tensor | None]]) -> None:
     for layer, (weight, bias) in values.items():
-        layer.weight.data = weight.detach()
+        _held(layer).data = weight.detach()
         if layer.bias is not None and bias is not None:
             layer.bias.data = bias.detach()
+
+
+def _held(layer: nn.Module) -> Tensor:
+    """The parameter that a weight is, or that is masked to give it."""
+    weight = layer.weight if mask_of(layer) is None else layer.parametrizations.weight.original  # type: ignore[union-attr]  # a module, by torch
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _problems(model: nn.Module, layers: Mapping[str, nn.Module], images: Sequence[Tensor]) -> dict[str, LayerRounding]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from compress.errors import ConfigError
 from compress.gate import Gate, check_gate
-from compress.reconstruct import Normal, Pairs, execution_order, normal_equations, plain_images, seen_by
+from compress.reconstruct import ROWS, Normal, Pairs, execution_order, normal_equations, plain_images, seen_by
 from compress.stage import Edit
 from compress.surgery import layers, swap
 from compress.task import Task, Work
@@ -53,11 +54,12 @@ def check_settings(settings: Settings, **least: int) -> None:
 
 @dataclass(frozen=True)
 class Old:
-    """A convolution about to be replaced."""
+    """A convolution about to be replaced; a linear layer is shown as the 1x1 convolution, of any map, that it is."""
 
     name: str
     layer: nn.Conv2d
-    original: nn.Conv2d
+    module: nn.Module
+    original: nn.Module
     calls: int
     pairs: Pairs
 
@@ -68,11 +70,31 @@ class Old:
 
     def seen(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batch by batch: what the layer sees in the network as substituted so far, what the original gave there."""
-        return self.pairs.of(self.layer, self.original, self.calls)
+        pairs = self.pairs.of(self.module, self.original, self.calls)
+        if self.module is self.layer:
+            return pairs
+        return ((as_map(x), as_map(y)) for x, y in pairs)
 
-    def normal(self) -> Normal:
+    def normal(self, rows: int = ROWS) -> Normal:
         """The normal equations of a convolution of this geometry, with a bias if the layer has one."""
-        return normal_equations(self.layer, self.seen(), self.images, bias=self.layer.bias is not None)
+        return normal_equations(self.layer, self.seen(), self.images, bias=self.layer.bias is not None, rows=rows)
+
+
+def as_convolution(layer: nn.Module) -> nn.Conv2d:
+    """A convolution as it is, a linear layer as a 1x1 convolution of the same weights."""
+    if isinstance(layer, nn.Conv2d):
+        return layer
+    assert isinstance(layer, nn.Linear)
+    with torch.device("meta"):
+        new = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=layer.bias is not None)
+    new.weight = nn.Parameter(layer.weight.detach()[..., None, None])
+    new.bias = layer.bias
+    return new
+
+
+def as_map(x: Tensor) -> Tensor:
+    """Features on the last axis, as a map of as many pixels as the axes between hold: (N, ..., F) -> (N, F, L, 1)."""
+    return x.reshape(len(x), -1, x.shape[-1]).mT.unsqueeze(-1)
 
 
 def substitute(
@@ -82,8 +104,9 @@ def substitute(
     settings: Settings,
     start: Callable[[Old], tuple[nn.Module, float]],
     notes: Mapping[str, Any],
+    kinds: Sequence[type[nn.Module]] = (nn.Conv2d,),
 ) -> Edit:
-    """Replace every `Conv2d` that the patterns choose by what `start` makes of it, in the order of the forward pass.
+    """Replace every layer of `kinds` that the patterns choose by what `start` makes of it, in the forward pass's order.
 
     `start` gives back the new layer and the squared error of its output as a share of the original output's sum of
     squares; the errors join `notes`.
@@ -93,7 +116,6 @@ def substitute(
     Raises:
         ConfigError: a pattern that matches nothing, or no layer was changed at all.
     """
-    kinds = (nn.Conv2d,)
     original = copy.deepcopy(model).eval()
     was_training = model.training
     model.eval()
@@ -106,11 +128,10 @@ def substitute(
     work.progress.start(type(settings).__name__.lower(), len(calls))
 
     def rule(name: str, layer: nn.Module) -> nn.Module:
-        then = old[name]
-        assert isinstance(layer, nn.Conv2d) and isinstance(then, nn.Conv2d)
         work.progress.step(name)
-        new, error = start(Old(name, layer, then, calls[name], pairs))
-        new = new.to(device=layer.weight.device, dtype=layer.weight.dtype).eval()
+        convolution = as_convolution(layer)
+        new, error = start(Old(name, convolution, layer, old[name], calls[name], pairs))
+        new = new.to(device=convolution.weight.device, dtype=convolution.weight.dtype).eval()
         if settings.gate != "none":
             x, _ = seen_by(model, layer, 1, pairs.images[0][:1])[0]
             gains[name] = gate.require(layer, new, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -124,6 +125,17 @@ def left_out(
         if operator is not None and not reasons[name]:
             reasons[name] = f"it is a part of {describe(operator)}"
     return reasons
+
+
+def weighted(layer: nn.Module) -> list[nn.Module]:
+    """The convolutions and linear layers that a layer is made of; a plain one is itself."""
+    return [module for module in layer.modules() if kind(module) in (nn.Conv2d, nn.Linear)]
+
+
+def tied(model: nn.Module) -> set[int]:
+    """The parameters that stand in several modules, by `id`."""
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {parameter for parameter, holders in held.items() if holders > 1}
 
 
 def output_layers(layer: nn.Module) -> tuple[nn.Module, ...]:

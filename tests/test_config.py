@@ -175,7 +175,7 @@ def test_every_type_of_setting_is_converted(tmp_path: Path) -> None:
         ({"_target_": "test_config.Toi"}, "`stages.toy._target_` (=test_config.Toi) does not exist; test_config has"),
         ({"_target_": "nowhere.Toy"}, "cannot be imported: ModuleNotFoundError: No module named 'nowhere'."),
         ({"_target_": "Toy"}, "`stages.toy._target_` (=Toy) must be a dotted name"),
-        ({"_target_": "test_config.net"}, "is not a stage: a dataclass whose `kind` is one of substitute, fold"),
+        ({"_target_": "test_config.net"}, "is not a stage: a dataclass whose `kind` is one of substitute, factorize"),
         ({"_target_": "os.system"}, "`stages.toy._target_` (=os.system) is Python's own"),
         ({"exclude": ["layer9.*"]}, "`stages.toy`: `exclude` has the pattern 'layer9.*', which matches no layer"),
     ],

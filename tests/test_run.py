@@ -29,6 +29,7 @@ from compress.stages import (
     ConvertShift,
     CorrectBias,
     Equalize,
+    Factorize,
     FineTune,
     Fire,
     FoldBatchNorm,
@@ -38,7 +39,9 @@ from compress.stages import (
     Invert,
     MixedPrecision,
     PoolHead,
+    Prune,
     Quantize,
+    QuantizeDynamic,
     ReestimateBatchNorm,
     Separable,
     Shift,
@@ -57,6 +60,7 @@ QUICK: dict[str, Stage] = {
     "ConvertShift": ConvertShift(images=16),
     "CorrectBias": CorrectBias(images=16),
     "Equalize": Equalize(),
+    "Factorize": Factorize(ratio=0.5, images=16),
     "FineTune": FineTune(epochs=1, lr=0.01),
     "Fire": Fire(images=16),
     "FoldBatchNorm": FoldBatchNorm(),
@@ -66,7 +70,9 @@ QUICK: dict[str, Stage] = {
     "Invert": Invert(images=16),
     "MixedPrecision": MixedPrecision(like_bits=4, bits=[3, 5], images=16, calibration_images=16),
     "PoolHead": PoolHead(images=16),
+    "Prune": Prune(amount=0.3, images=16),
     "Quantize": Quantize(calibration_images=16),
+    "QuantizeDynamic": QuantizeDynamic(),
     "ReestimateBatchNorm": ReestimateBatchNorm(images=16),
     "Separable": Separable(images=16),
     "Shift": Shift(taps=3, images=16),
@@ -76,7 +82,8 @@ QUICK: dict[str, Stage] = {
 # After the first of these the second finds nothing to do: no norm, no layer with one neighbour, no weight of its own.
 IDLE = {("Equalize", "Equalize"), ("Equalize", "FoldBatchNorm"), ("FoldBatchNorm", "FoldBatchNorm")}
 IDLE |= {("Cluster", "AdaRound")} | {(first, "Equalize") for first in ("Fire", "Group", "PoolHead", "Shift")}
-REPLACING = {"Fire", "Group", "Invert", "Separable", "Shift"}  # every convolution that they can
+IDLE |= {("Prune", "Prune"), ("Prune", "Equalize"), ("Factorize", "QuantizeDynamic")}
+REPLACING = {"Factorize", "Fire", "Group", "Invert", "Separable", "Shift"}  # every convolution that they can
 
 
 def quick_run(out: Path, stages: dict[str, Stage] | None = None, **more: Any) -> compress.run.Result:  # type: ignore[name-defined]
@@ -96,7 +103,7 @@ def with_what_they_need(stages: dict[str, Stage]) -> dict[str, Stage]:
     given: dict[str, Stage] = {}
     for name, stage in stages.items():
         if isinstance(stage, AdaRound | CorrectBias | FreezeRanges) and not any(
-            isinstance(before, Quantize) for before in given.values()
+            isinstance(before, Quantize | QuantizeDynamic) for before in given.values()
         ):
             given["needed"] = QUICK["Quantize"]
         given[name] = stage
@@ -226,8 +233,10 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-# One of each kind, and AdaRound, which comes after Quantize: every pair of them is run, the others with a few.
-EACH_KIND = ("AdaRound", "Cluster", "Equalize", "FineTune", "Quantize", "Shift")
+# One of each kind, AdaRound, which comes after Quantize, and QuantizeDynamic, which makes other layers: every pair of
+# them is run, the others with a few.
+EACH_KIND = ("AdaRound", "Cluster", "Equalize", "Factorize", "FineTune", "Prune", "Quantize")
+EACH_KIND += ("QuantizeDynamic", "Shift")
 WITH_ALL = ("Quantize", "Shift")
 
 
@@ -262,7 +271,7 @@ def test_every_legal_pair_runs_saves_and_reloads(first: str, second: str, tmp_pa
     for export in result.report["exports"]:
         assert {row["batch"] for row in export["parity"]} == {1, 2, 7}
         assert all(row["top1_agreement"] == 1.0 for row in export["parity"])
-        if not any(isinstance(stage, Quantize) for stage in stages.values()):
+        if not any(isinstance(stage, Quantize | QuantizeDynamic) for stage in stages.values()):
             assert all(row["max_abs"] < 1e-4 for row in export["parity"])
 
 

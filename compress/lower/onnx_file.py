@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.files import write
 from compress.lower.parity import parity
-from compress.lower.plain import Grid, lower, matching_steps
+from compress.lower.plain import Grid, computed_in_float, lower, matching_steps
 from compress.lower.pt2 import exported
 from compress.surgery import replace
 
@@ -73,7 +73,7 @@ def export_onnx(
         return ".".join(filter(None, (prefix, layer, "weight")))
 
     weights = {initializer(name): grid for name, grid in steps.items()}
-    kept = {initializer(name): reason for name, reason in lost.items()}
+    kept = {initializer(name): reason for name, reason in (lost | computed_in_float(model)).items()}
     kept |= onnx_integers.integers(program.model, weights, target)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces: a quarter of a small file, and paths of the machine it was made on

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress.lower.fold import fold_batch_norm
+from compress.nn.dynamic import DynamicLinear, DynamicPointwise
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
 from compress.surgery import is_ours, kind, leaves, output_layers, replace
 
@@ -138,11 +139,28 @@ def matching_steps(model: nn.Module, plain: nn.Module) -> tuple[dict[str, Steps]
     return found, lost
 
 
+def computed_in_float(model: nn.Module) -> dict[str, str]:
+    """The layers that only torchao's kernels multiply in low precision, with what a file has in their place."""
+    stored = {"int8": "as integers", "float8": "in 32 bits"}
+    why = "its input finds its own scale each time: stored {}, computed in float"
+    return {
+        f"{name}.linear".lstrip("."): why.format(stored[module.dtype])
+        for name, module in model.named_modules()
+        if isinstance(module, DynamicLinear | DynamicPointwise)
+    }
+
+
+def weight_parts(layer: nn.Module) -> list[nn.Module]:
+    """What computes the layer's weight, in order; [] where it is a plain one."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return []
+    return list(layer.parametrizations.weight)  # type: ignore[union-attr,arg-type]  # untyped in torch
+
+
 def _steps(layer: nn.Module) -> Steps | None:
-    if kind(layer) not in (nn.Conv2d, nn.Linear) or not parametrize.is_parametrized(layer, "weight"):
+    if kind(layer) not in (nn.Conv2d, nn.Linear):
         return None
-    chain = list(layer.parametrizations.weight)  # type: ignore[union-attr,arg-type]  # untyped in torch
-    grid = next((step for step in reversed(chain) if isinstance(step, FakeQuantizeWeight)), None)
+    grid = next((part for part in reversed(weight_parts(layer)) if isinstance(part, FakeQuantizeWeight)), None)
     if grid is None:
         return None
     runs = max(grid.channels, len(layer.weight))  # type: ignore[arg-type]  # a tensor
@@ -195,9 +213,8 @@ def integer_weights(weight: Tensor, scale: Tensor) -> Tensor | None:
 
 
 def _scale(layer: nn.Module) -> Tensor | None:
-    if not parametrize.is_parametrized(layer, "weight"):
-        return None
-    last = list(layer.parametrizations.weight)[-1]  # type: ignore[union-attr,arg-type]  # untyped in torch
+    parts = weight_parts(layer)
+    last = parts[-1] if parts else None
     outputs = len(layer.weight)  # type: ignore[arg-type]  # a tensor
     if not isinstance(last, FakeQuantizeWeight) or last.channels not in (1, outputs):
         return None

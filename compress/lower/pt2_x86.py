@@ -68,6 +68,11 @@ _TRAILS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "fro
 def pt2_x86_problems(stages: Mapping[str, Stage]) -> list[str]:
     """Why a recipe with these stages cannot end in this file, as sentences. Empty when it can."""
     quantizing = [stage for stage in stages.values() if stage.kind == "quantize"]
+    if any(getattr(stage, "runs_in", "") == "torchao" for stage in quantizing):
+        return [
+            "`export` (=pt2_x86) computes on integers on a CPU, and `QuantizeDynamic` is for GPUs; use `Quantize`, or "
+            "export pt2."
+        ]
     if not quantizing:
         return [
             "`export` (=pt2_x86) is for quantized models, and no stage here quantizes; add a `Quantize` stage, or "

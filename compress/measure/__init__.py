@@ -5,9 +5,10 @@ from __future__ import annotations
 from compress.measure.counts import Profile, profile
 from compress.measure.estimate import HOROWITZ_45NM, Energy, EnergyTable, energy
 from compress.measure.intervals import accuracy, paired, wilson
-from compress.measure.timing import RUNTIMES, Latency, available_threads, latency
+from compress.measure.timing import CHECKPOINT, RUNTIMES, Latency, available_threads, latency
 
 __all__ = [
+    "CHECKPOINT",
     "HOROWITZ_45NM",
     "RUNTIMES",
     "Energy",

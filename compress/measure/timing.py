@@ -39,6 +39,7 @@ RUNTIMES = {
     "torch.compile": ("torch", ".pt2", "pip install torch"),
     "cuda": ("torch", ".pt2", "pip install torch"),
 }
+CHECKPOINT = ".safetensors"  # torch and cuda run one too, layers that torchao has kernels for in those
 WORKER = Path(__file__).with_name("worker.py")
 LOAD_TIMEOUT_S = 600.0
 # OpenVINO's threads spin for a moment after their work, and would take the cores from the next model.
@@ -79,15 +80,17 @@ def latency(
     threads: int | None = None,
     seconds: float = 0.25,
     precision: str = "f32",
+    allow: Sequence[str] = (),
     timeout_s: float = LOAD_TIMEOUT_S,
 ) -> dict[str, Latency]:
     """Measure model files (name -> path) against the first of them, on noise of the shape of `example`.
 
-    Files are .onnx for onnxruntime and openvino, .pt2 for torch, torch.compile and cuda; `target` is one runtime for
-    all of them, or name -> runtime. Each model works for about
-    `seconds` a round, `rounds` rounds, in an order that is reversed every other round. `threads` defaults to all cores
-    this process may use. `precision` is OpenVINO's INFERENCE_PRECISION_HINT: "f32", "bf16", "f16", or "" for its own
-    choice (bf16 on some processors, whatever the file says).
+    Files are .onnx for onnxruntime and openvino, .pt2 for torch, torch.compile and cuda; for torch and cuda they may be
+    checkpoints too, `allow` being what loading them takes: their dynamic layers run in torchao's kernels, which no .pt2
+    holds. `target` is one runtime for all of them, or name -> runtime. Each model works for about `seconds` a round,
+    `rounds` rounds, in an order that is reversed every other round. `threads` defaults to all cores this process may
+    use. `precision` is OpenVINO's INFERENCE_PRECISION_HINT: "f32", "bf16", "f16", or "" for its own choice (bf16 on
+    some processors, whatever the file says).
 
     Raises:
         UserError: a target, file or number that will not do, a runtime that is not installed, or a process that
@@ -102,7 +105,7 @@ def latency(
         workers = {}
         for name, path in paths.items():
             settings: dict[str, Any] = {"path": str(Path(path).resolve()), "target": targets[name], "shape": shape}
-            settings |= {"threads": threads, "precision": precision}
+            settings |= {"threads": threads, "precision": precision, "allow": list(allow)}
             workers[name] = stack.enter_context(_Worker(name, path, settings, timeout_s))
         loaded = {name: worker.answer() for name, worker in workers.items()}
         for worker in workers.values():
@@ -169,7 +172,8 @@ def _check(paths: Mapping[str, Path], targets: Mapping[str, str], counts: Mappin
         package, suffix, remedy = RUNTIMES[target]
         if find_spec(package) is None:
             raise UserError(f"`target` (={target!r}) needs the package {package}, which is not installed: {remedy}.")
-        if Path(path).suffix != suffix:
+        suffixes = (suffix, CHECKPOINT) if target in ("torch", "cuda") else (suffix,)
+        if Path(path).suffix not in suffixes:
             raise UserError(f"`paths[{name!r}]` (={path}) must be a {suffix} file for `target` {target!r}.")
         if not Path(path).is_file():
             raise UserError(f"`paths[{name!r}]` (={path}) must be a file; there is none.")

@@ -19,6 +19,7 @@ import gc  # noqa: E402 - after the search path is put right
 import json  # noqa: E402 - likewise
 import time  # noqa: E402 - likewise
 from collections.abc import Callable  # noqa: E402 - likewise
+from importlib.metadata import version  # noqa: E402 - likewise
 from typing import Any  # noqa: E402 - likewise
 
 Settings = dict[str, Any]
@@ -64,6 +65,8 @@ def load_torch(settings: Settings) -> Loaded:
 
     target = settings["target"]
     torch.set_num_threads(settings["threads"])
+    if settings["path"].endswith(".safetensors"):
+        return load_checkpoint(settings)
     program = torch.export.load(settings["path"])
     batch = torch.from_numpy(images(settings["shape"], "float"))
     if target == "cuda":
@@ -81,6 +84,32 @@ def load_torch(settings: Settings) -> Loaded:
     def infer() -> object:
         with torch.no_grad():
             out = run(batch)
+            if target == "cuda":
+                torch.cuda.synchronize()
+        return out
+
+    return infer, name, "as in the file"
+
+
+def load_checkpoint(settings: Settings) -> Loaded:
+    """The one file that takes the package to load: layers that torchao has kernels for run in those."""
+    sys.path.append(os.path.abspath(os.path.join(os.path.dirname(__file__), "../..")))  # a checkout is not installed
+    import torch
+
+    import compress
+    from compress.lower.torchao import is_dynamic, to_torchao
+
+    target = settings["target"]
+    device = "cuda" if target == "cuda" else "cpu"
+    model = compress.load(settings["path"], allow=settings["allow"]).to(device)
+    name = f"{target} {torch.__version__}"
+    if is_dynamic(model):
+        model, name = to_torchao(model), f"{name}, torchao {version('torchao')}"
+    batch = torch.from_numpy(images(settings["shape"], "float")).to(device)
+
+    def infer() -> object:
+        with torch.no_grad():
+            out = model(batch)
             if target == "cuda":
                 torch.cuda.synchronize()
         return out

@@ -5,6 +5,7 @@ from compress.stages.cluster import Cluster
 from compress.stages.convert_shift import ConvertShift
 from compress.stages.correct_bias import CorrectBias
 from compress.stages.equalize import Equalize
+from compress.stages.factorize import Factorize
 from compress.stages.finetune import FineTune
 from compress.stages.fire import Fire
 from compress.stages.fold_batch_norm import FoldBatchNorm
@@ -14,7 +15,9 @@ from compress.stages.group import Group
 from compress.stages.invert import Invert
 from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.pool_head import PoolHead
+from compress.stages.prune import Prune
 from compress.stages.quantize import Quantize
+from compress.stages.quantize_dynamic import QuantizeDynamic
 from compress.stages.reestimate_batch_norm import ReestimateBatchNorm
 from compress.stages.separable import Separable
 from compress.stages.shift import Shift
@@ -26,6 +29,7 @@ __all__ = [
     "ConvertShift",
     "CorrectBias",
     "Equalize",
+    "Factorize",
     "FineTune",
     "Fire",
     "FoldBatchNorm",
@@ -35,7 +39,9 @@ __all__ = [
     "Invert",
     "MixedPrecision",
     "PoolHead",
+    "Prune",
     "Quantize",
+    "QuantizeDynamic",
     "ReestimateBatchNorm",
     "Separable",
     "Shift",

@@ -23,7 +23,6 @@ Reference. Han et al., "Deep Compression", ICLR 2016, section 3.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -36,7 +35,7 @@ from compress.errors import ConfigError, DataError
 from compress.nn.clustered import ClusteredWeight, share_weight
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
 from compress.stage import Edit, Keep, Site
-from compress.surgery import by_pattern, describe, is_ours, kind, leaves, matching, require_change
+from compress.surgery import by_pattern, describe, is_ours, kind, leaves, matching, require_change, tied, weighted
 from compress.task import Task, Work
 
 STARTS = ("linear", "density")
@@ -82,7 +81,7 @@ class Cluster:
         self.check(model)
         found = self._found(model)
         kept = matching(list(found), self.include, self.exclude)
-        bits, tied = self._bits(found), _tied(model)
+        bits, shared = self._bits(found), tied(model)
         sites, entries, errors = [], {}, {}
         work.progress.start("share weights", len(found))
         for name, layer in found.items():
@@ -90,7 +89,7 @@ class Cluster:
             before, after, why = describe(layer), None, kept[name]
             if not why:
                 try:
-                    entries[name], zero, error = self._share(name, layer, bits[name], tied)
+                    entries[name], zero, error = self._share(name, layer, bits[name], shared)
                     errors[name] = round(error, 6)
                     after = f"{entries[name]} shared weights" + (", zero among them" if zero else "")
                 except Keep as reason:
@@ -109,16 +108,16 @@ class Cluster:
         usual = {name: linear if kind(layer) is nn.Linear else self.bits for name, layer in found.items()}
         return usual | {name: self.layers[pattern] for name, pattern in chosen.items()}
 
-    def _share(self, name: str, layer: nn.Module, bits: int, tied: Collection[int]) -> tuple[int, bool, float]:
+    def _share(self, name: str, layer: nn.Module, bits: int, shared: Collection[int]) -> tuple[int, bool, float]:
         """Entries of the largest table, whether zero is one, and the squared error as a share of the squares."""
-        weighted = [module for module in layer.modules() if kind(module) in self.kinds]
-        if not weighted:
+        inner = weighted(layer)
+        if not inner:
             raise Keep("it only displaces its input: there are no weights to share")
-        if any(id(parameter) in tied for parameter in layer.parameters()):
+        if any(id(parameter) in shared for parameter in layer.parameters()):
             raise Keep("it has a parameter that is another layer's too")
-        large = [module for module in weighted if _weight(module).numel() >= 2 * 2**bits]
+        large = [module for module in inner if _weight(module).numel() >= 2 * 2**bits]
         if not large:
-            most = max(_weight(module).numel() for module in weighted)
+            most = max(_weight(module).numel() for module in inner)
             raise Keep(f"its {most} weights are too few for a table of {2**bits}")
         if hasattr(layer, "settle"):  # displacements that may still meet would add up weights
             layer.settle()  # type: ignore[operator]  # a method, by the layers' contract
@@ -146,12 +145,6 @@ def _weight(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _tied(model: nn.Module) -> set[int]:
-    """The parameters that stand in several modules, by `id`."""
-    held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    return {parameter for parameter, holders in held.items() if holders > 1}
 
 
 def shared_values(weights: Tensor, entries: int, start: str = "linear", iterations: int = 100) -> Tensor:

@@ -16,7 +16,7 @@ validation images other than the base model's, before activations are rounded: t
 a layer may get, 2 to 8. `images`: calibration images that sensitivities are measured on. `activation_bits`, `observer`,
 `percentile`, `calibration_images`, `learn`, `include`, `exclude`: as in `Quantize`.
 
-Measured. Not yet measured.
+Measured. Beside the same bits everywhere: `benchmarks/low_bits.py`, its table in benchmarks/README.md.
 
 Reference. The sharing is our own; Dong et al., "HAWQ", ICCV 2019, allots bits by second derivatives.
 """
