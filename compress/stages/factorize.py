@@ -21,10 +21,7 @@ decomposition of the weights alone. `rounds`: how often, at most, the factors ar
 what the fit is made on, and how much it pulls to zero. `gate`: none, macs, bytes or latency: layers that do not get
 cheaper are kept.
 
-Measured. ResNet-20 on CIFAR-10 (91.73 %), Tucker-2, 512 images, CPU, seed 0, no training: the 3x3 convolutions but the
-first 2.04 times smaller, the same share of the channels everywhere: 87.3 %, 32.1 % with `refine: false`; by `params`:
-88.5 %. `vbmf` with `weaken: 0.8`, `min_rank: 21`: 78.4 %, 2.98 times; pure: 37.6 %, 11.5 times. Not yet measured with
-fine-tuning, nor in time.
+Measured. Before training, by each way to the ranks: `benchmarks/surgery.py`. With training: not yet measured.
 
 Reference. Kim et al., ICLR 2016 (Tucker-2, VBMF); Gusak et al., MUSCO, ICCVW 2019; Jaderberg et al., BMVC 2014;
 Lebedev et al., ICLR 2015; Zhang et al., TPAMI 2016 (low rank by regression on responses).

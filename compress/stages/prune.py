@@ -20,8 +20,7 @@ of fine-tuning, with `updates` in each of them, or one `every` so many steps. `f
 layer, and never fewer weights than it has outputs. `refit`: at once only, on `images` images; `ridge` is the pull
 towards the old weights. `include`, `exclude`: layers by name pattern.
 
-Measured. The published ResNet-20 (91.73 % on CIFAR-10 test, one seed), no training, global magnitude: half of the
-weights zero 91.74 % with refit and 90.07 % without, 80 % zero 87.88 % and 41.44 %. With training: not yet measured.
+Measured. Before training, with refit and without: `benchmarks/surgery.py`. With training: not yet measured.
 
 Reference. Zhu & Gupta, "To prune, or not to prune", 2017; Sanh et al., "Movement Pruning", NeurIPS 2020; Molchanov et
 al., CVPR 2019; Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021; Frantar & Alistarh, NeurIPS 2022.
