@@ -68,12 +68,16 @@ def peers(contents: list[Row]) -> str:
         "onnxruntime's file": lambda row: kilobytes(row["bytes"]["onnxruntime"]),
         "time against onnxruntime's, batch 1": against("onnxruntime", 1),
         "batch 32": against("onnxruntime", 32),
-        "NNCF's": top1("nncf"),
-        "NNCF's file": lambda row: kilobytes(row["bytes"]["nncf"]),
-        "time against NNCF's, batch 1": against("nncf", 1),
-        "batch 32 ": against("nncf", 32),
-        "torch and the file agree": lambda row: f"{row['torch_agrees_percent']:.2f} %",
     }
+    if all("nncf" in row["accuracy"] for row in content["rows"]):  # it is optional
+        columns |= {
+            "NNCF's": top1("nncf"),
+            "NNCF's file": lambda row: kilobytes(row["bytes"]["nncf"]),
+            "time against NNCF's, batch 1": against("nncf", 1),
+            "batch 32 ": against("nncf", 32),
+        }
+    if all("torch_agrees_percent" in row for row in content["rows"]):
+        columns["torch and the file agree"] = lambda row: f"{row['torch_agrees_percent']:.2f} %"
     caption = (
         "Int8 without training, the same calibration images. Top-1 of the ONNX files in onnxruntime; time against "
         "onnxruntime's own static quantization in onnxruntime, against NNCF's in OpenVINO. "
