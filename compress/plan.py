@@ -138,6 +138,10 @@ def _choices(settings: Mapping[str, Any], problems: list[str]) -> torch.device:
         problems.append(f"`export` (={unknown[0]}) must be a list out of {', '.join(EXPORTS)}.")
     if settings["target"] == "openvino" and find_spec("openvino") is None:
         problems.append("`target` (=openvino) is not installed; pip install 'compress-cnn[openvino]'.")
+    if settings["target"] == "cuda" and settings["measure"] != "none" and not torch.cuda.is_available():
+        problems.append(
+            "`target` (=cuda) cannot be measured: torch finds no GPU here; take another target, or `measure=none`."
+        )
     device = settings["device"]
     if device == "cuda" and not torch.cuda.is_available():
         problems.append("`device` (=cuda) is not there: torch finds no CUDA device; use device=cpu.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,13 +41,9 @@ class WeightGrid:
     range: str = "max"
     learn: bool = False
 
-    def of(self, weight: Tensor, bits: int, name: str) -> FakeQuantizeWeight:
-        """The grid for this weight (first axis: output channels).
-
-        Raises:
-            ConfigError: the group size does not divide what one output has.
-        """
-        grid = FakeQuantizeWeight(bits, self._scales(weight, name), self.symmetric, self.grid, self._step())
+    def of(self, weight: Tensor, bits: int) -> FakeQuantizeWeight:
+        """The grid for this weight (first axis: output channels), whose sizes were checked."""
+        grid = FakeQuantizeWeight(bits, self._scales(weight), self.symmetric, self.grid, self._step())
         grid = grid.to(weight.device)
         grid.follow(weight)
         if self.range == "mse":
@@ -58,22 +55,26 @@ class WeightGrid:
             return "learn"
         return "follow" if self.range == "max" else "fixed"
 
-    def _scales(self, weight: Tensor, name: str) -> int:
+    def _scales(self, weight: Tensor) -> int:
         if self.granularity == "tensor":
             return 1
         if self.granularity == "channel":
             return len(weight)
-        each = weight[0].numel()
-        if each % self.group_size:
-            raise ConfigError(
-                f"`group_size` (={self.group_size}) must divide the {each} weights that each output of {name} has; "
-                f"take {_largest_divisor(each, self.group_size)}, or exclude the layer."
-            )
-        return len(weight) * each // self.group_size
+        return weight.numel() // self.group_size
 
-
-def _largest_divisor(number: int, most: int) -> int:
-    return max(d for d in range(1, most + 1) if number % d == 0)
+    def check(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+        """Raise ConfigError for a group size that does not divide what an output has in one of (layer, weight)."""
+        each = [(name, weight[0].numel()) for name, weight in weights]
+        uneven = [f"{name} has {size}" for name, size in each if size % self.group_size]
+        if self.granularity != "group" or not uneven:
+            return
+        common = math.gcd(*(size for _, size in each))
+        best = max(size for size in range(1, self.group_size + 1) if common % size == 0)
+        raise ConfigError(
+            f"`group_size` (={self.group_size}) must divide the weights that each output of a layer has, and "
+            f"{', '.join(uneven)}; take {best}, which divides those of all layers, or exclude "
+            f"{'it' if len(uneven) == 1 else 'them'}."
+        )
 
 
 @torch.no_grad()
@@ -223,15 +224,18 @@ def _site(name: str, before: str, bits: int, input_bits: int, plan: Plan, tensor
 def _grids(
     found: Mapping[str, nn.Module], taken: list[str], bits: Mapping[str, int], how: WeightGrid
 ) -> list[tuple[nn.Module, FakeQuantizeWeight]]:
-    grids, seen = [], set()
+    names: dict[nn.Module, str] = {}
     for name in taken:
         for layer in weighted(found[name]):
-            if id(layer) not in seen:
-                seen.add(id(layer))
-                weight = layer.weight
-                assert isinstance(weight, Tensor)
-                grids.append((layer, how.of(weight, bits[name], name)))
-    return grids
+            names.setdefault(layer, name)
+    how.check([(name, _weight(layer)) for layer, name in names.items()])
+    return [(layer, how.of(_weight(layer), bits[name])) for layer, name in names.items()]
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _readers(tensors: Tensors) -> dict[str, list[str]]:

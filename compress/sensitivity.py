@@ -75,7 +75,7 @@ def _rounded(
     holder: nn.Conv2d | nn.Linear, problem: LayerRounding | None, how: WeightGrid, bits: int, name: str
 ) -> tuple[Tensor, Tensor | None, int]:
     """The weights at these bits, the bias that goes with them, and how many bytes the integers pack into."""
-    grid = how.of(holder.weight, bits, name)
+    grid = how.of(holder.weight, bits)
     if problem is None:
         integers = grid.integers(holder.weight)
         return grid.values(integers, holder.weight.dtype), holder.bias, pack(integers).bytes

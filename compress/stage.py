@@ -63,15 +63,17 @@ _PRUNED = "pruned weights stay zero, which what it computes anew would not; move
 _TWICE = "the model is quantized already; keep one of the two"
 _TWICE_CLUSTERED = "the weights are clustered already; keep one of the two"
 
-KINDS = ("substitute", "factorize", "prune", "fold", "equalize", "cluster", "quantize", "correct", "finetune")
+KINDS = (
+    *("substitute", "factorize", "channels", "prune", "fold", "equalize", "cluster", "quantize", "correct", "finetune"),
+)
 _REFUSED = {
     "prune": dict.fromkeys(("substitute", "factorize"), _PRUNED),
     "cluster": {
-        **dict.fromkeys(("substitute", "factorize", "prune", "equalize"), _CLUSTERED),
+        **dict.fromkeys(("substitute", "factorize", "channels", "prune", "equalize"), _CLUSTERED),
         "cluster": _TWICE_CLUSTERED,
     },
     "quantize": {
-        **dict.fromkeys(("substitute", "factorize", "prune", "fold", "equalize", "cluster"), _QUANTIZED),
+        **dict.fromkeys(KINDS[: KINDS.index("quantize")], _QUANTIZED),
         "quantize": _TWICE,
     },
 }

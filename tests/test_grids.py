@@ -270,7 +270,7 @@ def test_what_fits_no_layer_is_refused(tmp_path: Path) -> None:
     for setting in ("layers", "inputs"):
         with pytest.raises(ConfigError, match=rf"`{setting}` has the pattern 'nowhere\*', which matches no layer"):
             quantize(warm(small(channels=3)), tmp_path, **{setting: {"nowhere*": 4}})
-    with pytest.raises(ConfigError, match=r"`group_size` \(=10\) must divide the 27 weights .* take 9, or exclude"):
+    with pytest.raises(ConfigError, match=r"`group_size` \(=10\) must divide .* and conv1 has 27, .*; take 3, which"):
         quantize(warm(small(channels=3)), tmp_path, granularity="group", group_size=10)
 
 

@@ -87,7 +87,7 @@ def test_weights_and_biases_are_stored_as_they_should(case: str, exported: Calla
     model, path, _ = exported(case)
     _, to_a_byte, in_float = CASES[case]
     initializers = {t.name: t for t in onnx.load(path).graph.initializer}
-    numbers = [f"2.weight_{kind}" for kind in ("codes", "int8") if f"2.weight_{kind}" in initializers]
+    numbers = [f"2.weight_{kind}" for kind in ("codes", "int8", "int4") if f"2.weight_{kind}" in initializers]
     assert [len(initializers[name].raw_data) for name in numbers] == [36 * 18 * 9 // to_a_byte]
     assert float_weights(path) == []
     assert ("2.weight_zero" in initializers) == (case in ("affine 8", "affine groups"))

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from compress.lower.onnx_weights import dequantized, dequantized_groups, dequantized_int4, initializer
+from compress.lower.onnx_weights import dequantized, dequantized_groups, initializer, widened
 from compress.lower.plain import Grid, Steps
 
 _MOVES = {
@@ -25,7 +25,6 @@ _MOVES = {
 }
 _LAYERS = ("Conv", "ConvTranspose", "Gemm")
 _INT32 = 2**31 - 1
-_INT4 = 7
 
 
 @torch.library.custom_op("compress::pair", mutates_args=())
@@ -121,15 +120,17 @@ def _layer(graph: ir.Graph, node: ir.Node, name: str, weights: Mapping[str, Step
     if len(scale) > len(array):
         if zero is not None:
             numbers = (numbers.reshape(len(scale), -1) + zero.reshape(-1, 1)).reshape(array.shape)
-        dequantized_groups(graph, node, numbers.astype(np.int8), scale, name, zero)
+        (dequantized_groups if on_grid else widened)(graph, node, numbers.astype(np.int8), scale, name, zero)
         each = array.size // len(scale)
         return (
             f"its weights have a scale for every {each}, which integer kernels do not take: stored as integers, "
             "computed in float"
         )
     largest = int(np.abs(numbers).max())
-    if not on_grid and largest <= _INT4:
-        dequantized_int4(graph, node, 1, numbers, scale, name)
+    if not on_grid:
+        offset = zero if largest > 127 else None
+        shifted = numbers if offset is None else numbers + offset.reshape(-1, *[1] * (array.ndim - 1))
+        widened(graph, node, shifted, scale, name, offset)
         return ""
     if largest > 127:
         assert zero is not None
@@ -139,10 +140,11 @@ def _layer(graph: ir.Graph, node: ir.Node, name: str, weights: Mapping[str, Step
         spread = 2 ** ((127 // max(largest, 1)).bit_length() - 1)
         numbers, scale = numbers * spread, scale / np.float32(spread)
         # onnxruntime fuses a matrix product only where its weights have one
-        zero = np.zeros(len(scale), np.int8) if node.op_type == "Gemm" and on_grid else None
+        zero = np.zeros(len(scale), np.int8) if node.op_type == "Gemm" else None
     dequantized(graph, node, 1, numbers.astype(np.int8), scale, name, zero)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and source is not None and on_grid:
+    if bias is not None:
+        assert source is not None
         step = _array(source.inputs[1]) * scale
         units = np.round(_array(bias).astype(np.float64) / step.astype(np.float64))
         if np.abs(units).max() > _INT32:

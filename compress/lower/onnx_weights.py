@@ -58,30 +58,61 @@ def dequantized(
     node.replace_input_with(index, value)
 
 
-def dequantized_int4(graph: ir.Graph, node: ir.Node, index: int, numbers: Array, scale: Array, name: str) -> None:
-    """The same with ONNX's own int4 (-8 to 7), for a layer that computes in float."""
-    graph.opset_imports[""] = max(graph.opset_imports[""], OPSET_OF_INT4)
-    source = initializer(graph, f"{name}_int4", numbers.astype(ml_dtypes.int4))
-    step = initializer(graph, f"{name}_scale", scale)
-    node.replace_input_with(index, _before(graph, node, "DequantizeLinear", [source, step], {"axis": 0}))
-
-
 def dequantized_groups(
     graph: ir.Graph, node: ir.Node, numbers: Array, scale: Array, name: str, zero_point: Array | None
 ) -> None:
-    """Let the weights of the node come from `numbers` with several scales for each output, one after the other.
+    """Let the weights of a node between quantized tensors come from `numbers`, several scales for each output.
 
-    Written as OpenVINO has it for linear layers; on other forms of it OpenVINO fails.
+    Written as OpenVINO has it for linear layers; other forms runtimes take for weights with one scale.
     """
     outputs, shape = len(numbers), numbers.shape
     source = _integers(graph, node, numbers.reshape(outputs, scale.size // outputs, -1), name)
     one = initializer(graph, "one", np.array(1, np.float32))
     value = _before(graph, node, "DequantizeLinear", [source, one], {})
+    spread = (outputs, scale.size // outputs, 1)
+    value = _scaled(graph, node, value, scale, name, zero_point, spread)
+    node.replace_input_with(1, _shaped(graph, node, value, shape, name))
+
+
+def widened(
+    graph: ir.Graph, node: ir.Node, numbers: Array, scale: Array, name: str, zero_point: Array | None = None
+) -> None:
+    """Let the weights of a node that computes in float come from `numbers`, which a runtime makes float on loading.
+
+    There may be several scales for each output, one after the other. With a cast in place of the dequantize:
+    onnxruntime computes that anew for every image. Numbers from -8 to 7 are ONNX's own int4.
+    """
+    outputs, shape = len(numbers), numbers.shape
+    spread = (outputs, *[1] * (numbers.ndim - 1))
+    if scale.size > outputs:
+        numbers, spread = numbers.reshape(outputs, scale.size // outputs, -1), (outputs, scale.size // outputs, 1)
+    if numbers.min() >= -8 and numbers.max() <= 7:
+        graph.opset_imports[""] = max(graph.opset_imports[""], OPSET_OF_INT4)
+        source = initializer(graph, f"{name}_int4", numbers.astype(ml_dtypes.int4))
+    else:
+        source = _integers(graph, node, numbers.astype(np.int8), name)
+    value = _before(graph, node, "Cast", [source], {"to": ir.DataType.FLOAT})
+    value = _scaled(graph, node, value, scale, name, zero_point, spread)
+    if numbers.shape != shape:
+        value = _shaped(graph, node, value, shape, name)
+    node.replace_input_with(1, value)
+
+
+def _scaled(
+    graph: ir.Graph,
+    node: ir.Node,
+    value: ir.Value,
+    scale: Array,
+    name: str,
+    zero_point: Array | None,
+    spread: tuple[int, ...],
+) -> ir.Value:
+    """(value - zero_point) * scale, both in the shape `spread`."""
     for operator, kind, part in (("Sub", "zero", zero_point), ("Mul", "scale", scale)):
         if part is not None:
-            each = part.astype(np.float32).reshape(outputs, -1, 1)
-            value = _before(graph, node, operator, [value, initializer(graph, f"{name}_{kind}", each)], {})
-    node.replace_input_with(1, _shaped(graph, node, value, shape, name))
+            each = initializer(graph, f"{name}_{kind}", part.astype(np.float32).reshape(spread))
+            value = _before(graph, node, operator, [value, each], {})
+    return value
 
 
 def _integers(graph: ir.Graph, node: ir.Node, numbers: Array, name: str) -> ir.Value:

@@ -16,6 +16,7 @@ from compress.stages.invert import Invert
 from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.pool_head import PoolHead
 from compress.stages.prune import Prune
+from compress.stages.prune_channels import PruneChannels
 from compress.stages.quantize import Quantize
 from compress.stages.quantize_dynamic import QuantizeDynamic
 from compress.stages.reestimate_batch_norm import ReestimateBatchNorm
@@ -40,6 +41,7 @@ __all__ = [
     "MixedPrecision",
     "PoolHead",
     "Prune",
+    "PruneChannels",
     "Quantize",
     "QuantizeDynamic",
     "ReestimateBatchNorm",

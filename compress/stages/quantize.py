@@ -8,8 +8,9 @@ quantization-aware training.
 
 When to use it, and when not. Int8 is close to free: it costs a few tenths of a point at most and needs no training, so
 it belongs at the end of nearly every recipe. At 4 bits put `AdaRound` behind it or fine-tune; below 4 fine-tune with
-`learn`. A model that cannot be traced gets its weights quantized only: a smaller file, not a faster model. Groups make
-a smaller file too, which runtimes compute in float; OpenVINO does so with 8 affine bits, which onnxruntime takes.
+`learn`. A model that cannot be traced gets its weights quantized only: a smaller file, not a faster model. Groups are
+nearer to the float weights, and make a larger file; runtimes compute them in float, and between quantized tensors more
+slowly than the float model. OpenVINO computes 8 affine bits in float too, which onnxruntime takes.
 
 Knobs. `weight_bits`, `activation_bits`: 2 to 8; `activation_bits: null` leaves activations in float. `granularity`:
 one scale for each output `channel`, for every `group` of `group_size` weights within one, or for the whole `tensor`.

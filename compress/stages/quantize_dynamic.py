@@ -100,7 +100,7 @@ class QuantizeDynamic:
         else:
             new = DynamicLinear(inputs, outputs, bias, self.dtype)
             new.linear = layer
-        self._put_on_grid(new.linear, name)
+        self._put_on_grid(new.linear)
         return new
 
     def _require_pointwise(self, layer: nn.Conv2d) -> None:
@@ -119,9 +119,9 @@ class QuantizeDynamic:
         if foreign:
             raise Keep(f"its weights are computed by {foreign[0].__name__}, which was made for a convolution's shape")
 
-    def _put_on_grid(self, linear: nn.Linear, name: str) -> None:
+    def _put_on_grid(self, linear: nn.Linear) -> None:
         if self.dtype == "int8":
-            grid: nn.Module = WeightGrid().of(linear.weight, 8, name)
+            grid: nn.Module = WeightGrid().of(linear.weight, 8)
         else:
             grid = Float8Weight().to(linear.weight.device)
             grid.follow(linear.weight)

@@ -1,0 +1,1 @@
+"""Removing channels: which go together, what each costs, and how what is left is solved anew."""

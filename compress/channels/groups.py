@@ -1,0 +1,219 @@
+"""Which channels of a network have to be removed together, and where they are read: torch-pruning's dependency graph.
+
+Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023. Only the graph is taken from there. Every group is
+checked here, and one that cannot be removed says why.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compress.errors import ConfigError
+from compress.nn.displace import Shift2d
+from compress.nn.shift import ShiftConv2d
+from compress.surgery import describe, kind
+from compress.surgery import replace as put
+
+# What is made of torch's layers has to be able to say its new widths; the sides of its layers that it can say.
+_SAYABLE = {
+    "Fire": {"squeeze": "io", "expand1": "io", "expand3": "io"},
+    "InvertedConv2d": {"project": "o"},
+    "SeparableConv2d": {"pointwise": "o"},
+    "GroupedConv2d": {"grouped": "o"},
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A layer's part in a group: which of its channels on one side belong to which unit of the group.
+
+    `side`: "out" channels are made, "in" channels are read and mixed, "same" channels pass through one by one.
+    `units[i]` is the unit of the channel `index[i]`.
+    """
+
+    name: str
+    side: str
+    index: Tensor
+    units: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that stay or go together, in `units` (over groups of a grouped convolution, one channel of each).
+
+    Named after the first layer that makes them. `why` is the reason that none of them can go, "" where they can.
+    """
+
+    name: str
+    units: int
+    width: int
+    members: tuple[Member, ...]
+    why: str = ""
+
+    def of(self, *sides: str) -> tuple[Member, ...]:
+        return tuple(member for member in self.members if member.side in sides)
+
+
+def find_groups(model: nn.Module, example: Tensor, calls: Mapping[str, int]) -> tuple[ChannelGroup, ...]:
+    """All groups of channels of a network; `calls` says how often each layer is called.
+
+    Raises:
+        ConfigError: the network's forward pass cannot be followed.
+    """
+    names = {name: module for name, module in model.named_modules()}
+    standing, place = _stand_in(model)
+    graph, library = _graph(standing, example)
+    groups = []
+    try:
+        for group in graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)):
+            groups.append(_read(group, graph, library, place, names, calls))
+    except Exception as error:  # the library follows foreign code
+        raise ConfigError(_unfollowed(model, f"{type(error).__name__}: {error}")) from error
+    order = {name: at for at, name in enumerate(names)}
+    return tuple(sorted(groups, key=lambda group: order[group.name]))
+
+
+def _stand_in(model: nn.Module) -> tuple[nn.Module, dict[int, str]]:
+    """A copy in which layers of ours are plain convolutions of the same channels, and where each module stands."""
+    standing = copy.deepcopy(model)
+    for module in list(standing.modules()):
+        if parametrize.is_parametrized(module):
+            for tensor in list(module.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
+                parametrize.remove_parametrizations(module, tensor)
+    for module in list(standing.modules()):
+        if kind(module) is ShiftConv2d:
+            standing = put(standing, module, _dense(module))
+        elif kind(module) is Shift2d:
+            assert isinstance(module, Shift2d)
+            standing = put(
+                standing, module, nn.Conv2d(module.channels, module.channels, 1, module.stride, groups=module.channels)
+            )
+    standing.requires_grad_(True)
+    return standing, {id(module): name for name, module in standing.named_modules()}
+
+
+def _dense(layer: nn.Module) -> nn.Conv2d:
+    assert isinstance(layer, ShiftConv2d)
+    return nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+        layer.pointwise.bias is not None,
+        layer.padding_mode,  # type: ignore[arg-type]  # any text here, checked when the layer was made
+    ).to(layer.pointwise.weight.device)
+
+
+def _graph(model: nn.Module, example: Tensor) -> tuple[Any, Any]:
+    import torch_pruning
+
+    try:
+        with torch.enable_grad():
+            return torch_pruning.DependencyGraph().build_dependency(model, example, verbose=False), torch_pruning
+    except Exception as error:  # the library runs and follows foreign code
+        raise ConfigError(_unfollowed(model, f"{type(error).__name__}: {str(error).splitlines()[:1]}")) from error
+
+
+def _unfollowed(model: nn.Module, reason: str) -> str:
+    return (
+        f"the channels of {type(model).__name__} cannot be followed through its forward pass ({reason}); what works "
+        "without: `Prune` (single weights), `Factorize` and the stages that replace layers."
+    )
+
+
+def _read(
+    group: Any,
+    graph: Any,
+    library: Any,
+    place: Mapping[int, str],
+    names: Mapping[str, nn.Module],
+    calls: Mapping[str, int],
+) -> ChannelGroup:
+    root = place[id(group[0].dep.target.module)]
+    width = len(group[0].idxs)
+    members: list[Member] = []
+    reasons: list[str] = []
+    sizes: set[int] = set()
+    kinds = library.ops.OPTYPE
+    through = (kinds.CONCAT, kinds.SPLIT, kinds.ELEMENTWISE, kinds.RESHAPE, kinds.SLICE, kinds.EXPAND, kinds.UNBIND)
+    for item in group:
+        node, module = item.dep.target, item.dep.target.module
+        if node.type == kinds.OUTPUT:
+            reasons.append("its channels are the network's answers")
+        elif node.type == kinds.PARAMETER:
+            reasons.append("its channels meet a parameter that belongs to no layer")
+        elif node.type in through:
+            continue
+        else:
+            name = place[id(module)]
+            out = graph.is_out_channel_pruning_fn(item.dep.handler)
+            member, why, per_group = _member(name, module, out, item.idxs, item.root_idxs, width)
+            reasons.append(why or _why_bound(name, module, member.side, names, calls))
+            members.append(member)
+            sizes |= {per_group} if per_group else set()
+    if not any(member.side == "in" for member in members):
+        reasons.append("its channels are the network's answers")
+    # Of a grouped convolution as many channels have to go in every group: the same ones.
+    units = min(sizes, default=width)
+    if any(size % units for size in (*sizes, width)):
+        reasons.append("its channels are grouped in two ways that do not fit into each other")
+    elif units == 1 and width > 1:
+        reasons.append("a grouped convolution with a single channel in each group reads it")
+    members = [replace(member, units=member.units % units) for member in members]
+    return ChannelGroup(root, units, width, tuple(members), next((why for why in reasons if why), ""))
+
+
+def _member(
+    name: str, module: nn.Module, out: bool, idxs: list[int], root_idxs: list[int], width: int
+) -> tuple[Member, str, int]:
+    """A layer's part, why it cannot be changed, and how many channels each of its groups has (0: it has no groups)."""
+    index, units = torch.tensor(idxs), torch.tensor(root_idxs)
+    why, per_group = "", 0
+    size: int
+    if isinstance(module, nn.Conv2d) and kind(module) is nn.Conv2d:
+        through = 1 < module.groups == module.in_channels == module.out_channels
+        side = "same" if through else "out" if out else "in"
+        size = module.out_channels if out else module.in_channels
+        if module.groups > 1 and not through:
+            per_group = size // module.groups
+            if idxs != list(range(width)) or size != width:
+                why = f"{describe(module)} groups some of its channels with others"
+    elif isinstance(module, nn.Linear) and kind(module) is nn.Linear:
+        side, size = ("out", module.out_features) if out else ("in", module.in_features)
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        side, size = "same", module.num_features
+    elif isinstance(module, nn.PReLU):
+        side, size = "same", int(module.num_parameters) if module.num_parameters > 1 else width
+    else:
+        return Member(name, "same", index, units), f"{describe(module)} ({name}) is of no kind that can be thinned", 0
+    if side == "out" and sorted(idxs) != list(range(size)):
+        why = f"a padded or cut shortcut ties {width} channels to {size} of {name}"
+    elif len(idxs) % width or not all(0 <= i < size for i in idxs) or any(units.bincount(minlength=width).diff() != 0):
+        why = f"how its channels are laid out for {name} is not understood"
+    return Member(name, side, index, units), why, per_group
+
+
+def _why_bound(
+    name: str, module: nn.Module, side: str, names: Mapping[str, nn.Module], calls: Mapping[str, int]
+) -> str:
+    if calls.get(name, 1) > 1:
+        return f"{name} is called {calls[name]} times in a forward pass"
+    steps = name.split(".")
+    for depth in range(len(steps) - 1, 0, -1):
+        above = names[".".join(steps[:depth])]
+        if kind(above).__module__.startswith("compress.nn."):
+            sides = _SAYABLE.get(kind(above).__name__, {}).get(".".join(steps[depth:]), "")
+            ordered = getattr(above, "reorder", False) and side == "out" and steps[-1] != "squeeze"
+            if ordered or (side[0] not in sides):
+                return f"{describe(above)} has no setting for other widths there"
+    return ""

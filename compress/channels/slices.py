@@ -1,0 +1,186 @@
+"""Taking channels out of layers: tensors are cut, and the layer says its new widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compress.channels.groups import ChannelGroup
+from compress.errors import ConfigError
+from compress.nn.displace import Shift2d
+from compress.nn.masked import MaskedWeight, mask_of, put_mask
+from compress.nn.shift import ShiftConv2d
+from compress.surgery import kind
+
+Removed = Mapping[str, Tensor]  # group -> the units that go
+
+
+@torch.no_grad()
+def remove(model: nn.Module, groups: Iterable[ChannelGroup], removed: Removed) -> None:
+    """Take the units `removed` out of every layer that has them. Weights must not be parametrized."""
+    for (name, side), leaving in _leaving(groups, removed).items():
+        if len(leaving):
+            _cut(model.get_submodule(name), side, leaving)
+            _say_widths(model, name)
+
+
+def _leaving(groups: Iterable[ChannelGroup], removed: Removed) -> dict[tuple[str, str], Tensor]:
+    """(layer, side) -> the channels that go, as the layer numbers them."""
+    parts: dict[tuple[str, str], list[Tensor]] = {}
+    for group in groups:
+        for member in group.members if group.name in removed else ():
+            going = member.index[torch.isin(member.units, removed[group.name])]
+            parts.setdefault((member.name, member.side), []).append(going)
+    return {place: torch.cat(each).unique() for place, each in parts.items()}  # type: ignore[no-untyped-call]  # in torch
+
+
+def _cut(layer: nn.Module, side: str, leaving: Tensor) -> None:
+    if isinstance(layer, ShiftConv2d):
+        return _cut_shift(layer, side, leaving)
+    if isinstance(layer, Shift2d):
+        stay = _staying(layer.channels, leaving)
+        layer.channels = len(stay)
+        return _set(layer, "displacement", layer.displacement[stay])
+    if isinstance(layer, nn.Conv2d):
+        return _cut_convolution(layer, side, leaving)
+    if isinstance(layer, nn.Linear):
+        stay = _staying(layer.in_features if side == "in" else layer.out_features, leaving)
+        _set(layer, "weight", layer.weight[:, stay] if side == "in" else layer.weight[stay])
+        if side == "out" and layer.bias is not None:
+            _set(layer, "bias", layer.bias[stay])
+        layer.out_features, layer.in_features = layer.weight.shape
+        return None
+    if isinstance(layer, nn.PReLU):
+        if layer.num_parameters > 1:
+            _set(layer, "weight", layer.weight[_staying(layer.num_parameters, leaving)])
+            layer.num_parameters = len(layer.weight)
+        return None
+    assert isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
+    stay = _staying(layer.num_features, leaving)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if getattr(layer, name) is not None:
+            _set(layer, name, getattr(layer, name)[stay])
+    layer.num_features = len(stay)
+    return None
+
+
+def _cut_convolution(layer: nn.Conv2d, side: str, leaving: Tensor) -> None:
+    if side == "in":
+        stay = _staying(layer.in_channels, leaving)
+        # The same channels go in each of its groups, so that the first one tells.
+        inside = stay[stay < layer.in_channels // layer.groups]
+        _set(layer, "weight", layer.weight[:, inside])
+        layer.in_channels = len(stay)
+        return
+    stay = _staying(layer.out_channels, leaving)
+    _set(layer, "weight", layer.weight[stay])
+    if layer.bias is not None:
+        _set(layer, "bias", layer.bias[stay])
+    layer.out_channels = len(stay)
+    if side == "same":
+        layer.in_channels = layer.groups = len(stay)
+
+
+def _cut_shift(layer: ShiftConv2d, side: str, leaving: Tensor) -> None:
+    if side == "in":
+        stay = _staying(layer.in_channels, leaving)
+        _set(layer, "displacement", layer.displacement[stay])
+        _cut_convolution(layer.pointwise, "in", _columns(layer, leaving))
+        layer.in_channels = len(stay)
+    else:
+        _cut_convolution(layer.pointwise, "out", leaving)
+        layer.out_channels = layer.pointwise.out_channels
+
+
+def _columns(layer: ShiftConv2d, channels: Tensor) -> Tensor:
+    """The copies of these input channels, as the pointwise convolution numbers them."""
+    return (channels.unsqueeze(1) * layer.taps + torch.arange(layer.taps)).flatten()
+
+
+def _staying(size: int, leaving: Tensor) -> Tensor:
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[leaving] = False
+    return stays.nonzero().flatten()
+
+
+def _set(layer: nn.Module, name: str, value: Tensor) -> None:
+    old = getattr(layer, name)
+    if isinstance(old, nn.Parameter):
+        setattr(layer, name, nn.Parameter(value.clone(), old.requires_grad))
+    else:
+        layer._buffers[name] = value.clone()
+
+
+def _say_widths(model: nn.Module, name: str) -> None:
+    """Let the operator that a changed layer is a part of know it, so that its `config()` is right."""
+    steps = name.split(".")
+    for depth in range(len(steps) - 1, 0, -1):
+        above: Any = model.get_submodule(".".join(steps[:depth]))
+        name = kind(above).__name__
+        if not kind(above).__module__.startswith("compress.nn."):
+            continue
+        made = {child: getattr(module, "out_channels", 0) for child, module in above.named_children()}
+        if name == "Fire":
+            above.widths = (made["squeeze"], made.get("expand1", 0), made["expand3"])
+            above.out_channels = made.get("expand1", 0) + made["expand3"]
+            above.in_channels = above.squeeze.in_channels
+        else:
+            last = {"InvertedConv2d": "project", "SeparableConv2d": "pointwise", "GroupedConv2d": "grouped"}[name]
+            above.out_channels = made[last]
+        return
+
+
+def bake_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Make plain weights of masked ones; gives back the masks by layer.
+
+    Raises:
+        ConfigError: a weight is computed by anything else.
+    """
+    masks: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        masked = mask_of(module)
+        chains: Any = module.parametrizations
+        if masked is None or set(chains) != {"weight"} or len(chains.weight) != 1:
+            raise ConfigError(
+                f"{name} has weights that are computed from others; `PruneChannels` has to come before the stage that "
+                "made them so."
+            )
+        weight: Any = module.weight
+        masks[name] = weight != 0 if masked.steps else masked.mask.clone()
+    for name in masks:
+        parametrize.remove_parametrizations(model.get_submodule(name), "weight")
+    return masks
+
+
+def put_masks(model: nn.Module, masks: Mapping[str, Tensor], groups: Iterable[ChannelGroup], removed: Removed) -> None:
+    """Put back what `bake_masks` took off, without what was removed since."""
+    leaving = _leaving(groups, removed)
+    for (name, side), going in list(leaving.items()):
+        layer = model.get_submodule(name)
+        if isinstance(layer, ShiftConv2d):
+            leaving[f"{name}.pointwise", side] = _columns(layer, going) if side == "in" else going
+    for name, mask in masks.items():
+        holder = _holder(model.get_submodule(name), mask)
+        for side in ("in", "out", "same"):
+            if (name, side) in leaving:
+                _cut(holder, side, leaving[name, side])
+        put_mask(model.get_submodule(name), MaskedWeight(), torch.ne(holder.weight, 0))
+
+
+def _holder(layer: nn.Module, mask: Tensor) -> nn.Linear | nn.Conv2d:
+    """A plain layer of the mask's shape, whose weight is the mask."""
+    new: nn.Linear | nn.Conv2d
+    if isinstance(layer, nn.Linear):
+        new = nn.Linear(mask.shape[1], mask.shape[0], bias=False)
+    else:
+        assert isinstance(layer, nn.Conv2d)
+        groups = len(mask) if 1 < layer.groups == layer.in_channels == layer.out_channels else layer.groups
+        new = nn.Conv2d(mask.shape[1] * groups, len(mask), layer.kernel_size, groups=groups, bias=False)  # type: ignore[arg-type]
+    new.weight = nn.Parameter(mask.float())
+    return new
