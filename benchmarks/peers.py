@@ -1,9 +1,10 @@
 """Int8 without training beside other tools' of the same float network: `peers.py [NETWORK ...]`.
 
 onnxruntime's own static quantization and NNCF's (where it is installed), each with its defaults for convolutional
-networks, weights per channel, and the same calibration images. Top-1 is that of the ONNX files in onnxruntime; over the
-same images it is counted how often ours in torch gives the answer of its own file. Times are ratios of ours to theirs,
-measured in turns, onnxruntime's in onnxruntime and NNCF's in OpenVINO. Do it when nothing else runs.
+networks, weights per channel, and the same calibration images; ours is `Quantize` and `CorrectBias`. Top-1 is that of
+the ONNX files in onnxruntime; over the same images it is counted how often ours in torch gives the answer of its own
+file. Times are ratios of ours to theirs, measured in turns, onnxruntime's in onnxruntime and NNCF's in OpenVINO. Do it
+when nothing else runs.
 """
 
 from __future__ import annotations
