@@ -79,7 +79,8 @@ def peers(contents: list[Row]) -> str:
     if all("torch_agrees_percent" in row for row in content["rows"]):
         columns["torch and the file agree"] = lambda row: f"{row['torch_agrees_percent']:.2f} %"
     caption = (
-        "Int8 without training, the same calibration images; ours: `Quantize`, `CorrectBias`. Top-1 of the ONNX files in onnxruntime; time against "
+        "Int8 without training, the same calibration images; ours: `Quantize`, `CorrectBias`. Top-1 of the ONNX "
+        "files in onnxruntime; time against "
         "onnxruntime's own static quantization in onnxruntime, against NNCF's in OpenVINO. "
         f"{content['data']}. {machine(content)}. `python benchmarks/peers.py`"
     )
