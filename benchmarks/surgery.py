@@ -29,6 +29,8 @@ ROWS = {
     "vbmf": ("resnet20", f"{TUCKER},vbmf:true"),
     "vbmf-weakened": ("resnet20", f"{TUCKER},vbmf:true,weaken:0.8,min_rank:21"),
     "tucker-macs-56": ("resnet56", "Factorize,macs:0.5"),
+    "channels-1.45": ("resnet56", "PruneChannels,macs:0.69"),
+    "channels-1.98": ("resnet56", "PruneChannels,macs:0.505"),
 }
 Row = dict[str, Any]
 
