@@ -34,10 +34,10 @@ class Reader:
 
     def __init__(self, name: str, layer: nn.Module, norm: nn.Module | None, mask: Tensor | None = None) -> None:
         self.name, self.layer, self.norm, self.mask = name, layer, norm, mask
-        self.holder: nn.Conv2d | nn.Linear = layer.pointwise if isinstance(layer, ShiftConv2d) else layer  # type: ignore[assignment]
+        self.holder: nn.Conv2d | nn.Linear = layer.pointwise if isinstance(layer, ShiftConv2d) else layer  # type: ignore[assignment]  # torch types modules and tuples loosely
         self.groups = self.holder.groups if isinstance(self.holder, nn.Conv2d) else 1
         self.bias = self.holder.bias is not None or norm is not None
-        self.channels = int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
+        self.channels = int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]  # torch types modules and tuples loosely
         self.each = self.holder.weight[0].numel() * self.groups // self.channels
 
     @property
@@ -102,7 +102,7 @@ class Reader:
             assert isinstance(self.layer, ShiftConv2d)
             s = self.layer
             more = {"groups": s.groups, "padding_mode": s.padding_mode}
-            return nn.Conv2d(s.in_channels, s.out_channels, s.kernel_size, s.stride, s.padding, s.dilation, **more)  # type: ignore[arg-type]
+            return nn.Conv2d(s.in_channels, s.out_channels, s.kernel_size, s.stride, s.padding, s.dilation, **more)  # type: ignore[arg-type]  # torch types modules and tuples loosely
 
     def _of_copies(self, normal: Normal) -> Normal:
         """From window positions to a shift layer's copies, each a sum of positions."""

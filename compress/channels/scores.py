@@ -33,7 +33,7 @@ def unit_scores(model: nn.Module, group: ChannelGroup, by: str) -> Tensor:
         holder = layer.pointwise if isinstance(layer, ShiftConv2d) else layer
         if getattr(holder, "weight", None) is not None:
             found = True
-            total.index_add_(0, member.units, _of_channels(holder.weight, by)[member.index])  # type: ignore[arg-type]
+            total.index_add_(0, member.units, _of_channels(holder.weight, by)[member.index])  # type: ignore[arg-type]  # a tensor
     if not found:
         raise ConfigError(
             f"`by` (={by!r}) finds nothing to go by in the channels of {group.name}: no batch norm scales them; choose "

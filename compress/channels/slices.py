@@ -181,6 +181,6 @@ def _holder(layer: nn.Module, mask: Tensor) -> nn.Linear | nn.Conv2d:
     else:
         assert isinstance(layer, nn.Conv2d)
         groups = len(mask) if 1 < layer.groups == layer.in_channels == layer.out_channels else layer.groups
-        new = nn.Conv2d(mask.shape[1] * groups, len(mask), layer.kernel_size, groups=groups, bias=False)  # type: ignore[arg-type]
+        new = nn.Conv2d(mask.shape[1] * groups, len(mask), layer.kernel_size, groups=groups, bias=False)  # type: ignore[arg-type]  # torch types it as a tuple of any length
     new.weight = nn.Parameter(mask.float())
     return new

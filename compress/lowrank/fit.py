@@ -74,9 +74,9 @@ def empty(layer: nn.Conv2d, method: str, ranks: Ranks) -> LowRankConv2d:
         layer.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
         {"tucker": ranks, "spatial": ranks[:1], "cp": ranks[1:]}[form],
         form,
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
+        layer.stride,  # type: ignore[arg-type]  # likewise
+        layer.padding,  # type: ignore[arg-type]  # likewise
+        layer.dilation,  # type: ignore[arg-type]  # likewise
         layer.groups,
         layer.bias is not None,
         layer.padding_mode,

@@ -57,7 +57,7 @@ class _Rounded(torch.autograd.Function):
 def _inside(gradient: Tensor, x: Tensor, bottom: Tensor, top: Tensor) -> Tensor:
     """`gradient` where `x` is in the range, else zero."""
     if x.is_cpu and bottom.dim() == 0:  # one pass instead of four; elsewhere `float` would wait for the device
-        return torch.ops.aten.hardtanh_backward(gradient, x, float(bottom), float(top))  # type: ignore[no-any-return]
+        return torch.ops.aten.hardtanh_backward(gradient, x, float(bottom), float(top))  # type: ignore[no-any-return]  # untyped in torch
     return torch.where((x >= bottom) & (x <= top), gradient, 0.0)
 
 
