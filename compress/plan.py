@@ -28,6 +28,7 @@ from compress.lower.forms import FORMS
 from compress.lower.pt2_x86 import pt2_x86_problems
 from compress.measure import RUNTIMES
 from compress.models.weights import load_weights
+from compress.quantization import is_quantized
 from compress.stage import Stage, order_problems
 from compress.targets import collecting, factory, stage
 from compress.task import PRECISIONS, Task
@@ -164,8 +165,8 @@ def _stages(nodes: Any, problems: list[str]) -> dict[str, Stage]:
             built[str(name)] = stage(f"stages.{name}", node, problems)
         else:
             problems.append(
-                f"`stages.{name}` (={node}) is not a stage: it has no `_target_`, such as compress.stages.Quantize; "
-                f"the stages here are {', '.join(known) or 'none'}."
+                f"`stages.{name}` (={node}) is not a stage: it has no `_target_`, such as compress.stages.Quantize"
+                + (f"; the stages here are {', '.join(known)}." if known else ".")
             )
     stages = {name: built_stage for name, built_stage in built.items() if built_stage is not None}
     problems += order_problems(stages)
@@ -258,7 +259,14 @@ def _misfits(base: nn.Module, stages: Mapping[str, Stage]) -> list[str]:
     """
     problems: list[str] = []
     first = True
+    before = {"quantize"} if is_quantized(base) else set()
     for name, each in stages.items():
+        wanted = getattr(each, "after", None)  # the kind of a stage that has to stand before it
+        if wanted is not None and wanted not in before:
+            problems.append(
+                f"`stages.{name}` ({type(each).__name__}) has to stand behind a stage of the kind {wanted!r}."
+            )
+        before.add(each.kind)
         if not hasattr(each, "kinds"):
             continue
         with collecting(problems, f"`stages.{name}`: "):

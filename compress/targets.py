@@ -118,8 +118,9 @@ def _converted(
         if key == "_target_":
             continue
         if key not in types:
-            close = difflib.get_close_matches(str(key), types, n=1)
-            guess = f"did you mean `{close[0]}`? " if close else ""
+            meant = [name for name in types if str(key) in name.split("_")]
+            meant = meant or difflib.get_close_matches(str(key), types, n=1)
+            guess = f"did you mean {' or '.join(f'`{name}`' for name in meant)}? " if meant else ""
             problems.append(
                 f"`{where}.{key}` is not a setting of {owner}; {guess}It has: {', '.join(types) or 'none'}."
             )

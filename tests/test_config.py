@@ -91,6 +91,7 @@ def broken(classes: int) -> nn.Module:
 
 
 TOY = {"_target_": "test_config.Toy", "taps": 3}
+INT8 = {"_target_": "compress.stages.Quantize"}
 
 
 def settings(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -195,6 +196,18 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
         ({"stages": {}}, "`stages` must name at least one stage"),
         ({"stages": {"toy": None}}, "`stages.toy` (=None) is not a stage: it has no `_target_`"),
         ({"stages": {"r": {"_target_": "test_config.Round"}, "toy": TOY}}, "`stages.toy` (Toy) cannot come after"),
+        (
+            {"stages": {"q": {**INT8, "bits": 4}}},
+            "did you mean `weight_bits` or `activation_bits` or `first_last_bits`?",
+        ),
+        (
+            {"stages": {"q": {**INT8, "layers": {"x*": 4}}}},
+            "`stages.q`: `layers` has the pattern 'x*', which matches no",
+        ),
+        (
+            {"stages": {"r": {"_target_": "compress.stages.AdaRound"}}},
+            "has to stand behind a stage of the kind 'quantize'",
+        ),
         ({"sed": 1}, "`sed` is not a setting; see --help."),
         ({"seed": -1}, "`seed` (=-1) must be a whole number, 0 or more."),
         ({"seed": "x"}, "`seed` (=x) must be a whole number, 0 or more."),

@@ -247,8 +247,8 @@ def test_no_images_to_calibrate_on(tmp_path: Path) -> None:
 
 
 WRONG = [
-    ({"weight_bits": 1}, r"`weight_bits` \(=1\) must be between 2 and 8"),
-    ({"weight_bits": 5, "grid": "power_of_two"}, r"`weight_bits` \(=5\) must be between 2 and 4; more powers of two"),
+    ({"weight_bits": 1}, r"`weight_bits` \(=1\) must be between 2 and 8: one bit is a sign without zero"),
+    ({"weight_bits": 5, "grid": "power_of_two"}, r"`weight_bits` \(=5\) must be between 2 and 4; for more, take `grid"),
     ({"layers": {"*": 9}}, r"`layers.\*` \(=9\) must be between 2 and 8"),
     ({"first_last_bits": 9}, r"`first_last_bits` \(=9\) must be between 2 and 8"),
     ({"grid": "log"}, r"`grid` \(='log'\) must be one of uniform, power_of_two"),

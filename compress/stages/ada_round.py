@@ -51,6 +51,7 @@ class AdaRound:
     exclude: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "correct"
+    after: ClassVar[str] = "quantize"
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear, ShiftConv2d)
 
     def __post_init__(self) -> None:

@@ -63,6 +63,7 @@ class CorrectBias:
     exclude: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "correct"
+    after: ClassVar[str] = "quantize"
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ class FreezeRanges:
     exclude: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "correct"
+    after: ClassVar[str] = "quantize"
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:

@@ -143,10 +143,10 @@ class Prune:
             uneven = {n: layer for n, inner in taken.items() for layer in inner if weight(layer).shape[1] % m}
             if uneven:
                 said = ", ".join(f"{name} has {weight(layer).shape[1]}" for name, layer in uneven.items())
-                raise ConfigError(
-                    f"`pattern` (={self.pattern}) needs multiples of {m} input channels (in a group), and {said}; put "
-                    f"{'it' if len(uneven) == 1 else 'them'} into `exclude`."
-                )
+                rule = f"`pattern` (={self.pattern}) needs multiples of {m} input channels (in a group), and "
+                if len(uneven) == len(taken):
+                    raise ConfigError(f"{rule}no layer has that: {said}; take another pattern, such as 2:4.")
+                raise ConfigError(f"{rule}{said}; put {'it' if len(uneven) == 1 else 'them'} into `exclude`.")
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)

@@ -42,7 +42,7 @@ from compress.errors import ConfigError
 from compress.nn.quantized import GRIDS, MOST_BITS
 from compress.quantization import GRANULARITIES, KINDS, WEIGHT_RANGES, Plan, WeightGrid, quantize
 from compress.stage import Edit
-from compress.surgery import by_pattern
+from compress.surgery import by_pattern, layers
 from compress.task import Task, Work
 
 
@@ -84,18 +84,22 @@ class Quantize:
                 others[name] = getattr(self, name)
         for name, bits in others.items():
             if not 2 <= bits <= 8:
-                raise ConfigError(f"`{name}` (={bits}) must be between 2 and 8; for more, leave the stage out.")
+                raise ConfigError(f"`{name}` (={bits}) must be between 2 and 8{_remedy(bits, 'leave the stage out')}.")
         for name, bits in weights.items():
             most = MOST_BITS[self.grid]
             if not 2 <= bits <= most:
-                remedy = "for more, leave the stage out" if most == 8 else "more powers of two do not fit int8"
-                raise ConfigError(f"`{name}` (={bits}) must be between 2 and {most}; {remedy}.")
+                more = "leave the stage out" if most == 8 else "take `grid: uniform`: they would not fit int8"
+                raise ConfigError(f"`{name}` (={bits}) must be between 2 and {most}{_remedy(bits, more)}.")
         if self.grid == "power_of_two" and not self.symmetric:
             raise ConfigError("`symmetric` (=False) must be true for powers of two, which stand around zero.")
         if self.group_size < 1:
             raise ConfigError(f"`group_size` (={self.group_size}) must be at least 1.")
         if self.activation_bits is None and self.inputs:
             raise ConfigError("`inputs` gives bits to activations, which `activation_bits: null` leaves in float.")
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `ConfigError` for patterns that match no layer of the model."""
+        by_pattern("layers", self.layers, list(layers(model, self.kinds)))
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         weights = WeightGrid(
@@ -126,6 +130,10 @@ class Quantize:
         """The bits of each layer, where the first and the last may have their own."""
         ends = bits if self.first_last_bits is None else self.first_last_bits
         return {name: ends if name in (names[0], names[-1]) else bits for name in names}
+
+
+def _remedy(bits: int, for_more: str) -> str:
+    return f"; for more, {for_more}" if bits > 2 else ": one bit is a sign without zero, which no runtime here computes"
 
 
 def _overridden(setting: str, patterns: dict[str, int], names: list[str]) -> dict[str, int]:
