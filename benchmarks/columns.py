@@ -225,6 +225,31 @@ def surgery(contents: list[Row]) -> str:
     return table(columns, content["rows"], caption)
 
 
+CHANNELS = {
+    "ours": "`PruneChannels`",
+    "ours-l1": "`PruneChannels`, by the L1 norm",
+    "torch-pruning": "torch-pruning alone, by the L1 norm",
+}
+
+
+def channels(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "by": lambda row: CHANNELS[row["name"]],
+        "MACs": lambda row: f"{row['base_macs'] / row['macs']:.2f}x fewer",
+        "before fine-tuning, top-1 %": lambda row: f"{row['steps']['channels']:.2f}",
+        "after, top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
+        "against base, points": lambda row: interval(row["paired"]),
+        "params": lambda row: f"{row['base_params']:,} to {row['params']:,}",
+        "time against base": lambda row: ratio(row["latency"]),
+    }
+    caption = (
+        f"ResNet-56 ({content['rows'][0]['base_top1']:.2f} %), recipe `channels`, CIFAR-10 test, seed 0; time in "
+        f"onnxruntime at batch 1. {machine(content)}. `python benchmarks/channels.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     **LOW_PRECISION,
     "cifar10": cifar10,
@@ -235,6 +260,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "papers": papers,
     "alexnet_fire": alexnet_fire,
     "surgery": surgery,
+    "channels": channels,
     "shift_latency": shift_latency,
     "shift_torch": shift_torch,
     "digits": digits,

@@ -1,0 +1,82 @@
+"""Half of ResNet-56's multiply-adds without whole channels, by us and by torch-pruning alone: `channels.py [ROW ...]`.
+
+The recipe `channels`, and the same with torch-pruning's own pruner in place of our stage: the L1 norm of each channel's
+weights, the same share of the channels inside every residual block, nothing solved anew. `ours-l1` removes by that norm
+too. The same fine-tuning follows. What is computed is kept in `outputs/benchmarks/channels`: run again, a row only
+measures the times anew, which is to be done when nothing else runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from common import RESULTS, ROOT, cifar, compress, figures, record
+from torch import nn
+
+from compress.errors import ConfigError
+from compress.measure import profile
+from compress.stage import Edit
+from compress.task import Task, Work
+
+MODEL, MACS = "resnet56", 0.47
+ROWS = {
+    "ours": "compress.stages.PruneChannels",
+    "ours-l1": "compress.stages.PruneChannels,by:l1",
+    "torch-pruning": "channels.TorchPruning",
+}
+SHARES = [share / 100 for share in range(2, 98, 2)]  # of the channels of each block
+
+
+@dataclass(frozen=True)
+class TorchPruning:
+    """torch-pruning by itself, down to at most `macs` of the multiply-adds; published ResNets for CIFAR only."""
+
+    macs: float = MACS
+
+    kind: ClassVar[str] = "channels"
+
+    def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
+        import torch_pruning
+
+        example = task.example[:1].cpu()
+        most = self.macs * profile(model, example).macs
+        for share in SHARES:
+            thin = copy.deepcopy(model).cpu()
+            # what the shortcuts add is one stream: as in the published comparisons only what is inside a block goes
+            inside = [m for n, m in thin.named_modules() if n.startswith("layer") and n.endswith("conv1")]
+            kept = [m for m in thin.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m not in inside]
+            importance = torch_pruning.importance.GroupMagnitudeImportance(p=1)
+            torch_pruning.pruner.MagnitudePruner(
+                thin, example, importance=importance, pruning_ratio=share, ignored_layers=kept
+            ).step()
+            if profile(thin, example).macs <= most:
+                return Edit(thin.to(task.device), notes={"share": share})
+        raise ConfigError(f"`macs` (={self.macs}) is less than what {SHARES[-1]} of the channels leave.")
+
+
+def run(name: str) -> dict[str, Any]:
+    folder = ROOT / "outputs" / "benchmarks" / "channels"
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = f"stages.channels={{_target_:{ROWS[name]},macs:{MACS}}}"
+    report, seconds = compress(folder, "recipe=channels", stage, *cifar(MODEL), out=name)
+    return {"name": name, "stage": ROWS[name], "wall_seconds": round(seconds), **figures(report)}
+
+
+def main() -> None:
+    file = RESULTS / "channels.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    for name in sys.argv[1:] or ROWS:
+        if name not in ROWS:
+            sys.exit(f"{name} is not one of {', '.join(ROWS)}")
+        row = run(name)
+        known = {each["name"]: each for each in (*rows, row)}
+        rows = [known[each] for each in ROWS if each in known]
+        record("channels", rows, model=MODEL, data="CIFAR-10, 10,000 test images", seed=0)
+
+
+if __name__ == "__main__":
+    main()
