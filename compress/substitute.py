@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +19,29 @@ from compress.errors import ConfigError
 from compress.gate import Gate, check_gate
 from compress.reconstruct import ROWS, Normal, Pairs, execution_order, normal_equations, plain_images, seen_by
 from compress.stage import Edit
-from compress.surgery import layers, swap
+from compress.surgery import layers, left_out, swap
 from compress.task import Task, Work
 
 
-class Settings(Protocol):
-    """The settings that these stages have in common."""
+@dataclass(frozen=True, kw_only=True)
+class Substitution:
+    """The settings that these stages have in common; their cards explain them."""
 
-    @property
-    def images(self) -> int: ...
+    images: int = 1024
+    ridge: float = 1e-4
+    gate: str = "none"
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
 
-    @property
-    def ridge(self) -> float: ...
+    kind: ClassVar[str] = "substitute"
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
-    @property
-    def gate(self) -> str: ...
-
-    @property
-    def include(self) -> list[str]: ...
-
-    @property
-    def exclude(self) -> list[str]: ...
+    def check(self, model: nn.Module) -> None:
+        """Raise `ConfigError` for patterns that match nothing."""
+        left_out(model, layers(model, self.kinds), self.include, self.exclude)
 
 
-def check_settings(settings: Settings, **least: int) -> None:
+def check_settings(settings: Substitution, **least: int) -> None:
     """Raise `ConfigError` for settings in common that make no sense, and for others (by name) below their least."""
     check_gate(settings.gate)
     for name, low in {**least, "images": 1}.items():
@@ -101,7 +100,7 @@ def substitute(
     model: nn.Module,
     task: Task,
     work: Work,
-    settings: Settings,
+    settings: Substitution,
     start: Callable[[Old], tuple[nn.Module, float]],
     notes: Mapping[str, Any],
     kinds: Sequence[type[nn.Module]] = (nn.Conv2d,),

@@ -44,7 +44,8 @@ def stage(where: str, node: Any, problems: list[str]) -> Stage | None:
         problems.append(f"`{where}._target_` (={node['_target_']}) is not a stage: a dataclass whose `kind` is one of "
                         f"{', '.join(ORDER)}.")  # fmt: skip
         return None
-    fields = [field for field in dataclasses.fields(found) if field.init]
+    # what a stage has in common with others comes last
+    fields = sorted((field for field in dataclasses.fields(found) if field.init), key=lambda field: field.kw_only)
     hints = get_type_hints(found)
     before = len(problems)
     given = _converted(where, found.__name__, {f.name: hints[f.name] for f in fields}, node, problems)

@@ -6,14 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from compress.lower.fold import shown
-from compress.nn.places import operator_name, trace
+from compress.nn.places import operator_name, trace, traced_shapes
 from compress.stage import Keep
 from compress.surgery import is_ours, kind, leaves, output_layers
 
@@ -65,7 +63,7 @@ class _Search:
         self.names = {id(layer): name for name, layer in leaves(model)}
         self.calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
         self.owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-        self.shapes = _shapes(model, graph, example)
+        self.shapes = traced_shapes(model, graph, example)
 
     def run(self) -> tuple[list[Pair], dict[str, str]]:
         pairs = []
@@ -164,21 +162,6 @@ class _Search:
 
     def _called(self, node: fx.Node) -> nn.Module | None:
         return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _shapes(model: nn.Module, graph: fx.Graph, example: Tensor) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    class Watch(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes[n.name] = tuple(value.shape)
-            return value
-
-    with torch.no_grad():
-        Watch(model, graph=graph).run(example)
-    return shapes
 
 
 def _flat(node: fx.Node, layer: nn.Module | None) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.lowrank.factors import Problem, Ranks, Shape, factorize, factorize_cp, truncated
+from compress.nn.geometry import spatial_config
 from compress.nn.lowrank import LowRankConv2d, LowRankLinear
 from compress.reconstruct import Normal, relative_error
 
@@ -71,15 +72,11 @@ def empty(layer: nn.Conv2d, method: str, ranks: Ranks) -> LowRankConv2d:
     return LowRankConv2d(
         layer.in_channels,
         layer.out_channels,
-        layer.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
-        {"tucker": ranks, "spatial": ranks[:1], "cp": ranks[1:]}[form],
-        form,
-        layer.stride,  # type: ignore[arg-type]  # likewise
-        layer.padding,  # type: ignore[arg-type]  # likewise
-        layer.dilation,  # type: ignore[arg-type]  # likewise
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
+        ranks={"tucker": ranks, "spatial": ranks[:1], "cp": ranks[1:]}[form],
+        form=form,
+        groups=layer.groups,
+        bias=layer.bias is not None,
+        **spatial_config(layer),
     )
 
 

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from compress.nn.quantized import FakeQuantize
@@ -66,6 +67,22 @@ def trace(model: nn.Module) -> fx.Graph:
     if _text(graphs[0]) != _text(graphs[1]):
         raise ValueError("the forward computes something else in training mode, which a trace would freeze")
     return graphs[1]
+
+
+def traced_shapes(model: nn.Module, graph: fx.Graph, example: Tensor) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a node of the model's graph gives for this example, by the node's name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                shapes[n.name] = tuple(value.shape)
+            return value
+
+    with torch.no_grad():
+        Watch(model, graph=graph).run(example)
+    return shapes
 
 
 def place_quantizers(model: nn.Module, places: Mapping[str, nn.Module]) -> fx.GraphModule:

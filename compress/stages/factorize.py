@@ -45,7 +45,7 @@ from compress.lowrank.ranks import Basis, allowed, best, by_energy, by_vbmf, cos
 from compress.measure import Profile, profile
 from compress.reconstruct import Normal, execution_order, plain_images
 from compress.stage import Edit, Keep
-from compress.substitute import Old, as_convolution, check_settings, substitute
+from compress.substitute import Old, Substitution, as_convolution, check_settings, substitute
 from compress.surgery import by_pattern, layers, left_out
 from compress.task import Task, Work
 
@@ -58,7 +58,7 @@ MOST_FEATURES = 6000  # weights of an output: above, the equations take gigabyte
 
 
 @dataclass(frozen=True)
-class Factorize:
+class Factorize(Substitution):
     """Settings of the stage; see the module's card."""
 
     method: str = "tucker"
@@ -73,11 +73,7 @@ class Factorize:
     multiple: int = 1
     refine: bool = True
     rounds: int = 5
-    images: int = 512
-    ridge: float = 1e-4
-    gate: str = "none"
-    include: list[str] = field(default_factory=list)
-    exclude: list[str] = field(default_factory=list)
+    images: int = field(default=512, kw_only=True)
 
     kind: ClassVar[str] = "factorize"
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)

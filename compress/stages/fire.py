@@ -26,8 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,27 +34,20 @@ from torch import Tensor, nn
 from compress.errors import ConfigError
 from compress.nn.fire import Fire as FireModule
 from compress.nn.fire import middle
+from compress.nn.geometry import spatial_config
 from compress.reconstruct import Normal, normal_equations, seen_by, solve
 from compress.stage import Edit, Keep
-from compress.substitute import Old, check_settings, substitute
+from compress.substitute import Old, Substitution, check_settings, substitute
 from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
 
 @dataclass(frozen=True)
-class Fire:
+class Fire(Substitution):
     """Settings of the stage; see the module's card."""
 
     squeeze: float = 0.5
     pct3: float = 0.5
-    images: int = 1024
-    ridge: float = 1e-4
-    gate: str = "none"
-    include: list[str] = field(default_factory=list)
-    exclude: list[str] = field(default_factory=list)
-
-    kind: ClassVar[str] = "substitute"
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -137,11 +129,7 @@ def empty_fire(layer: nn.Conv2d, squeeze: int, expand1: int, expand3: int) -> Fi
         squeeze,
         expand1,
         expand3,
-        layer.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
-        layer.padding_mode,
+        **spatial_config(layer),
         reorder=expand1 > 0,
     )
     return new.to(device=layer.weight.device, dtype=layer.weight.dtype)

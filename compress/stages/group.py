@@ -23,46 +23,33 @@ Reference. Zhang et al., CVPR 2018; Huang et al., CVPR 2018.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import ConfigError
+from compress.nn.geometry import spatial_config
 from compress.nn.grouped import GroupedConv2d
 from compress.reconstruct import Normal, relative_error, solve
 from compress.stage import Edit, Keep
-from compress.substitute import Old, check_settings, substitute
-from compress.surgery import layers, left_out
+from compress.substitute import Old, Substitution, check_settings, substitute
 from compress.task import Task, Work
 
 SHUFFLES = ("data", "fixed")
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(Substitution):
     """Settings of the stage; see the module's card."""
 
     groups: int = 2
     shuffle: str = "data"
-    images: int = 1024
-    ridge: float = 1e-4
-    gate: str = "none"
-    include: list[str] = field(default_factory=list)
-    exclude: list[str] = field(default_factory=list)
-
-    kind: ClassVar[str] = "substitute"
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
     def __post_init__(self) -> None:
         check_settings(self, groups=1)
         if self.shuffle not in SHUFFLES:
             raise ConfigError(f"`shuffle` (={self.shuffle!r}) must be one of {', '.join(SHUFFLES)}.")
-
-    def check(self, model: nn.Module) -> None:
-        """Raise `ConfigError` for patterns that match nothing."""
-        left_out(model, layers(model, self.kinds), self.include, self.exclude)
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)
@@ -89,13 +76,9 @@ def empty_grouped(layer: nn.Conv2d, groups: int) -> GroupedConv2d:
     new = GroupedConv2d(
         layer.in_channels,
         layer.out_channels,
-        layer.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
-        groups,
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
-        layer.bias is not None,
-        layer.padding_mode,
+        groups=groups,
+        bias=layer.bias is not None,
+        **spatial_config(layer),
     )
     return new.to(device=layer.weight.device, dtype=layer.weight.dtype)
 

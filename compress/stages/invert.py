@@ -26,41 +26,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from compress.nn.geometry import spatial_config
 from compress.nn.inverted import InvertedConv2d
 from compress.reconstruct import Normal, fit_convolution, normal_equations, seen_by, solve
 from compress.stage import Edit, Keep
-from compress.substitute import Old, check_settings, substitute
-from compress.surgery import layers, left_out
+from compress.substitute import Old, Substitution, check_settings, substitute
 from compress.task import Task, Work
 
 
 @dataclass(frozen=True)
-class Invert:
+class Invert(Substitution):
     """Settings of the stage; see the module's card."""
 
     expansion: int = 3
     clip6: bool = False
-    images: int = 1024
-    ridge: float = 1e-4
-    gate: str = "none"
-    include: list[str] = field(default_factory=list)
-    exclude: list[str] = field(default_factory=list)
-
-    kind: ClassVar[str] = "substitute"
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
     def __post_init__(self) -> None:
         check_settings(self, expansion=1)
-
-    def check(self, model: nn.Module) -> None:
-        """Raise `ConfigError` for patterns that match nothing."""
-        left_out(model, layers(model, self.kinds), self.include, self.exclude)
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)
@@ -96,13 +83,9 @@ def empty_inverted(layer: nn.Conv2d, expansion: int, clip6: bool) -> InvertedCon
     new = InvertedConv2d(
         layer.in_channels,
         layer.out_channels,
-        layer.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
-        expansion,
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
-        layer.padding_mode,
-        clip6,
+        expansion=expansion,
+        clip6=clip6,
+        **spatial_config(layer),
     )
     return new.to(device=layer.weight.device, dtype=layer.weight.dtype)
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from compress.errors import ConfigError
-from compress.nn.places import operator_name, trace
+from compress.nn.places import operator_name, trace, traced_shapes
 from compress.nn.pooled import PooledLinear
 from compress.reconstruct import Pairs, fit_convolution, plain_images
 from compress.stage import Edit, Keep
@@ -266,17 +266,7 @@ def map_size(model: nn.Module, head: Head, example: Tensor) -> tuple[int, int, i
     Raises:
         ConfigError: it is no map, or there is nothing to gain.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    class Watch(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes[n.name] = tuple(value.shape)
-            return value
-
-    with torch.no_grad():
-        Watch(model, graph=head.graph).run(example)
+    shapes = traced_shapes(model, head.graph, example)
     size, flat = shapes[head.map.name], shapes[head.flat.name]
     if len(size) == 2:
         size = (*size, 1, 1)

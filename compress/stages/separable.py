@@ -25,17 +25,17 @@ Reference. Sifre, PhD thesis, 2014; Chollet, CVPR 2017; Howard et al., arXiv:170
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import ConfigError
+from compress.nn.geometry import spatial_config
 from compress.nn.separable import SeparableConv2d
 from compress.reconstruct import Normal, relative_error
 from compress.stage import Edit, Keep
-from compress.substitute import Old, check_settings, substitute
+from compress.substitute import Old, Substitution, check_settings, substitute
 from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
@@ -44,19 +44,11 @@ UNKNOWNS = 3000  # at most so many kernel weights are solved for at once: the ti
 
 
 @dataclass(frozen=True)
-class Separable:
+class Separable(Substitution):
     """Settings of the stage; see the module's card."""
 
     multiplier: int = 1
     rounds: int = 10
-    images: int = 1024
-    ridge: float = 1e-4
-    gate: str = "none"
-    include: list[str] = field(default_factory=list)
-    exclude: list[str] = field(default_factory=list)
-
-    kind: ClassVar[str] = "substitute"
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
     def __post_init__(self) -> None:
         check_settings(self, multiplier=1, rounds=0)
@@ -120,14 +112,10 @@ def empty_separable(layer: nn.Conv2d, multiplier: int) -> SeparableConv2d:
     new = SeparableConv2d(
         layer.in_channels,
         layer.out_channels,
-        layer.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
-        multiplier,
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
+        multiplier=multiplier,
+        groups=layer.groups,
+        bias=layer.bias is not None,
+        **spatial_config(layer),
     )
     return new.to(device=layer.weight.device, dtype=layer.weight.dtype)
 

@@ -30,14 +30,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from compress.allocate import Choice, harm, share_out
 from compress.errors import ConfigError
+from compress.nn.geometry import spatial_config
 from compress.nn.shift import LEARNING_RATE_SCALE, ShiftConv2d
 from compress.nn.taps import window
 from compress.reconstruct import (
@@ -50,7 +50,7 @@ from compress.reconstruct import (
     solve_kept,
 )
 from compress.stage import Edit, Keep
-from compress.substitute import Old, check_settings, substitute
+from compress.substitute import Old, Substitution, check_settings, substitute
 from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
@@ -59,7 +59,7 @@ JUDGES = 256  # images on which fewer taps are judged when a budget is shared ou
 
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(Substitution):
     """Settings of the stage; see the module's card."""
 
     taps: int = 4
@@ -70,14 +70,6 @@ class Shift:
     l1: float = 0.0
     normalize: bool = True
     lr_scale: float = LEARNING_RATE_SCALE
-    images: int = 1024
-    ridge: float = 1e-4
-    gate: str = "none"
-    include: list[str] = field(default_factory=list)
-    exclude: list[str] = field(default_factory=list)
-
-    kind: ClassVar[str] = "substitute"
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
 
     def __post_init__(self) -> None:
         check_settings(self, taps=1)
@@ -198,14 +190,10 @@ class Shift:
         new = ShiftConv2d(
             layer.in_channels,
             layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
-            taps,
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            layer.groups,
-            layer.bias is not None,
-            layer.padding_mode,
+            taps=taps,
+            groups=layer.groups,
+            bias=layer.bias is not None,
+            **spatial_config(layer),
             learn=self.learn,
             quantize=self.quantize,
             l1=self.l1,
