@@ -168,6 +168,23 @@ def alexnet_fire(contents: list[Row]) -> str:
     return table(columns, content["rows"], caption)
 
 
+def alexnet_deep(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "from": lambda row: {"deep": "AlexNet", "fire": "AlexNet, to Fire modules"}[row["name"]],
+        "base top-1 %": lambda row: f"{row['base_top1']:.2f}",
+        "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
+        "against base, points": lambda row: interval(row["paired"]),
+        "file": files,
+        "smaller": lambda row: f"{row['base_bytes'] / row['bytes']:.0f}x",
+    }
+    caption = (
+        "AlexNet for CIFAR, pruned, fine-tuned, clustered, fine-tuned, its file coded by entropy. CIFAR-10 test, seed "
+        f"0. {machine(content)}. `python benchmarks/alexnet_deep.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
 def shift_latency(contents: list[Row]) -> str:
     (content,) = contents
     columns: dict[str, Column] = {
@@ -259,6 +276,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "as_resnet": as_resnet,
     "papers": papers,
     "alexnet_fire": alexnet_fire,
+    "alexnet_deep": alexnet_deep,
     "surgery": surgery,
     "channels": channels,
     "shift_latency": shift_latency,

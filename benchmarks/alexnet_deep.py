@@ -1,0 +1,46 @@
+"""Deep Compression of AlexNet's form for CIFAR, and of what `alexnet_fire` makes of it: `alexnet_deep.py [ROW ...]`.
+
+The base is the one that `alexnet_fire.py 0` trained; `fire` goes on from its small network of seed 0, found in the
+store. Rows are stored as they come; all is kept in `outputs/benchmarks/alexnet_fire`, where a run that was killed goes
+on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from alexnet_fire import BASE, SMALL
+from common import RESULTS, ROOT, compress, data_root, figures, record
+
+FOLDER = ROOT / "outputs" / "benchmarks" / "alexnet_fire"
+DEEP = ("recipe=deep_compression", "stages.prune.amount=0.975", "stages.recover.epochs=6", "stages.polish.epochs=3")
+PRUNE = "+stages.prune={_target_:compress.stages.Prune,amount:0.6,schedule:cubic,epochs:3}"
+THIN = "+stages.thin={_target_:compress.stages.FineTune,epochs:5,lr:0.02,distill:0.5}"
+CLUSTER = "+stages.cluster={_target_:compress.stages.Cluster,bits:4}"
+POLISH = "+stages.polish={_target_:compress.stages.FineTune,epochs:5,lr:2e-3,distill:0.5}"
+ROWS = {
+    "deep": DEEP,
+    "fire": ("recipe=alexnet_fire", *SMALL, PRUNE, THIN, CLUSTER, POLISH),
+}
+
+
+def main() -> None:
+    if not any(FOLDER.glob("seed-0*/base.safetensors")):
+        sys.exit(f"{FOLDER} has no base yet: `alexnet_fire.py 0` trains it.")
+    file = RESULTS / "alexnet_deep.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    known = {row["name"] for row in rows}
+    for name in sys.argv[1:] or [name for name in ROWS if name not in known]:
+        if name not in ROWS:
+            sys.exit(f"{name} is not one of {', '.join(ROWS)}")
+        settings = (*ROWS[name], *BASE, "model=alexnet", "data=cifar10", f"data.root={data_root()}", "measure=none")
+        report, seconds = compress(FOLDER, *settings, out=name)
+        row = {"name": name, "settings": [*ROWS[name]], "wall_seconds": round(seconds), **figures(report)}
+        rows = [*(each for each in rows if each["name"] != name), row]
+        record("alexnet_deep", rows, model="alexnet", data="CIFAR-10, 10,000 test images", seed=0)
+
+
+if __name__ == "__main__":
+    main()
