@@ -106,17 +106,11 @@ def displacements(model: nn.Module) -> dict[str, int] | None:
         assert isinstance(layer, Shift2d | ShiftConv2d)
         layer.eval().settle()
         moves = layer.displacement.detach().any(-1)
-        empty = ~_carries(layer) if isinstance(layer, ShiftConv2d) else moves.new_zeros(moves.shape)
+        empty = ~layer.carrying() if isinstance(layer, ShiftConv2d) else moves.new_zeros(moves.shape)
         counts["all"] += moves.numel()
         counts["zero"] += int((~moves | empty).sum())
         counts["empty"] += int(empty.sum())
     return counts
-
-
-def _carries(layer: ShiftConv2d) -> Tensor:
-    """Which copies (in_channels, taps) have a weight that is not zero."""
-    weight = layer.pointwise.weight.detach()
-    return weight.view(layer.groups, layer.out_channels // layer.groups, -1).any(1).view(-1, layer.taps)
 
 
 def _bits(model: nn.Module) -> tuple[int, int]:

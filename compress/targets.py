@@ -45,7 +45,7 @@ def stage(where: str, node: Any, problems: list[str]) -> Stage | None:
                         f"{', '.join(ORDER)}.")  # fmt: skip
         return None
     # what a stage has in common with others comes last
-    fields = sorted((field for field in dataclasses.fields(found) if field.init), key=lambda field: field.kw_only)
+    fields = sorted((field for field in dataclasses.fields(found) if field.init), key=lambda field: bool(field.kw_only))
     hints = get_type_hints(found)
     before = len(problems)
     given = _converted(where, found.__name__, {f.name: hints[f.name] for f in fields}, node, problems)

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -26,11 +26,8 @@ from torch.nn.utils import parametrize
 from compress.errors import ConfigError, TrainingError
 from compress.files import write
 from compress.task import Batches, Task, Work
+from compress.training import Training
 
-if TYPE_CHECKING:
-    from compress.stages.finetune import FineTune  # its fields are the settings; it calls `fit`
-
-SCHEDULES = ("cosine", "step")
 History = list[dict[str, Any]]
 
 
@@ -61,7 +58,7 @@ def _laid_out(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def fit(model: nn.Module, task: Task, work: Work, settings: FineTune) -> tuple[nn.Module, History]:
+def fit(model: nn.Module, task: Task, work: Work, settings: Training) -> tuple[nn.Module, History]:
     """Train `model` on `task.train`; gives back the trained model in eval mode and one record for each epoch.
 
     The state is stored in `work.folder` after each epoch: a run that was killed goes on with the epoch it was in, and
@@ -81,7 +78,7 @@ def fit(model: nn.Module, task: Task, work: Work, settings: FineTune) -> tuple[n
     state = work.folder / "state.safetensors"
     first = run.restore(state) if state.exists() else 0
     steps = len(task.train)
-    work.progress.start(f"fine-tune, {settings.epochs} epochs", steps * (settings.epochs - first))
+    work.progress.start(f"training, {settings.epochs} epochs", steps * (settings.epochs - first))
     for epoch in range(first, settings.epochs):
         torch.manual_seed(work.seed(task.seed, "noise", epoch))
         started, total, right, seen = time.perf_counter(), 0.0, 0, 0
@@ -117,7 +114,7 @@ def _kept(state: Path, epochs: int) -> str:
 class _Run:
     """What changes during a training run: the model, the optimizer, the average, the best so far."""
 
-    def __init__(self, model: nn.Module, task: Task, settings: FineTune) -> None:
+    def __init__(self, model: nn.Module, task: Task, settings: Training) -> None:
         self.model, self.task, self.settings = model, task, settings
         self.history: History = []
         self.names = {id(p): name for name, p in model.named_parameters()}
@@ -251,7 +248,7 @@ class _Run:
         return (p for group in self.optimizer.param_groups for p in group["params"])
 
 
-def _schedule(epoch: float, settings: FineTune) -> float:
+def _schedule(epoch: float, settings: Training) -> float:
     """Factor on the learning rate: linear warm-up, then half a cosine down to zero, or two steps down."""
     if epoch < settings.warmup_epochs:
         return (epoch + 1e-2) / settings.warmup_epochs
@@ -261,7 +258,7 @@ def _schedule(epoch: float, settings: FineTune) -> float:
     return (1 + math.cos(math.pi * (epoch - settings.warmup_epochs) / left)) / 2
 
 
-def _optimizer(model: nn.Module, settings: FineTune) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum or AdamW; weights decay, vectors (biases, norms) do not, modules' own rules win."""
     rules: dict[int, dict[str, float]] = {}
     for module in model.modules():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,14 +12,14 @@ import torch
 from awkward import AWKWARD, SHAPE, noise_task
 from torch import Tensor, nn
 
-import compress
+import compress.time_budget
 from compress import checkpoint
 from compress.constructors import named
 from compress.errors import ConfigError
 from compress.lowrank.decompose import vbmf_rank
 from compress.lowrank.harm import harms
 from compress.lowrank.ranks import Basis
-from compress.measure import profile
+from compress.measure import counted, profile
 from compress.models import resnet20
 from compress.models.weights import load_weights
 from compress.nn.lowrank import LowRankConv2d, LowRankLinear
@@ -73,14 +74,14 @@ def test_every_layer_comes_smaller_or_is_kept_with_a_reason(name: str, method: s
 
 
 @pytest.mark.parametrize("method", ["tucker", "svd", "spatial"])
-@pytest.mark.parametrize("way", ["params", "macs"])
+@pytest.mark.parametrize("way", ["params", "macs", "bytes"])
 @pytest.mark.parametrize("share", [0.4, 0.7])
 def test_a_budget_is_reached_but_for_one_step(net: Net, method: str, way: str, share: float, tmp_path: Path) -> None:
     task = noise_task()
-    before = getattr(profile(net, task.example), way)
-    largest = {"params": 24 * 32 * 9 / 2, "macs": 24 * 8 * 9 * 99}[way]
+    before = counted(net, task.example)[way]
+    largest = {"params": 24 * 32 * 9 / 2, "macs": 24 * 8 * 9 * 99, "bytes": 4 * 24 * 32 * 9 / 2}[way]
     edit = Factorize(method=method, **{way: share}, images=16)(net, task, Work(tmp_path))  # type: ignore[arg-type]
-    after = getattr(profile(edit.model, task.example), way)
+    after = counted(edit.model, task.example)[way]
     assert share * before - 0.1 * largest <= after <= share * before
     assert edit.notes["requested"] == {way: share}
     assert edit.notes["achieved"][way] == pytest.approx(after / before, abs=1e-4)  # type: ignore[call-overload,index]
@@ -95,6 +96,27 @@ def test_a_budget_out_of_reach_names_the_closest(net: Net, tmp_path: Path) -> No
         Factorize(params=0.02, images=16)(net, task, Work(tmp_path))
     edit = Factorize(params=share, images=16)(net, task, Work(tmp_path))
     assert edit.notes["ranks"] == {"stem": [1, 1], "mid": [1, 1], "tokens": [1], "head": [1]}
+
+
+def test_a_latency_is_reached_by_steps_and_replayed(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def timed(models: dict[str, nn.Module], *_: object) -> dict[str, Any]:
+        macs = {name: profile(model, task.example).macs for name, model in models.items()}
+        asked.append(macs["after"] / macs["before"])
+        return {name: SimpleNamespace(p50_ms=0.2 + 0.8 * count / macs["before"]) for name, count in macs.items()}
+
+    task = noise_task()
+    monkeypatch.setattr(compress.time_budget, "timed", timed)
+    edit = Factorize(latency=0.77, images=16)(copy.deepcopy(net), task, Work(tmp_path))
+    assert [round(share, 1) for share in asked] == [0.9, 0.8, 0.7]
+    assert edit.notes["requested"] == {"latency": 0.77}
+    assert edit.notes["latency"]["achieved"] == pytest.approx(0.2 + 0.8 * asked[-1], abs=1e-4)  # type: ignore[call-overload,index]
+    assert profile(edit.model, task.example).macs / profile(net, task.example).macs == pytest.approx(asked[-1])
+    Factorize(latency=0.77, images=16)(copy.deepcopy(net), task, Work(tmp_path))
+    assert len(asked) == 3
+    with pytest.raises(ConfigError, match=r"`latency` \(=0.1\) cannot be reached: .* of the time in onnxruntime"):
+        Factorize(latency=0.1, images=16)(net, task, Work(tmp_path))
 
 
 def test_first_order_harm_is_what_small_changes_do() -> None:

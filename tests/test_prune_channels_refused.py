@@ -14,7 +14,7 @@ from awkward import Twice, noise_task
 from thin_nets import net
 from torch import Tensor, nn
 
-import compress.channels.time
+import compress.time_budget
 from compress.errors import ConfigError
 from compress.measure import profile
 from compress.stage import ORDER
@@ -125,7 +125,7 @@ def test_a_latency_is_reached_by_steps_and_replayed(tmp_path: Path, monkeypatch:
         asked.append(macs["after"] / macs["before"])
         return {name: SimpleNamespace(p50_ms=0.2 + 0.8 * count / macs["before"]) for name, count in macs.items()}
 
-    monkeypatch.setattr(compress.channels.time, "timed", timed)
+    monkeypatch.setattr(compress.time_budget, "timed", timed)
     settings = {"macs": 0.0, "latency": 0.77, "by": "l1", "allocation": "uniform", "refit": False}
     edit = thin(net("residual"), tmp_path, **settings)
     assert [round(share, 1) for share in asked] == [0.9, 0.8, 0.7]

@@ -41,11 +41,13 @@ from compress.stages import (
     PoolHead,
     Prune,
     PruneChannels,
+    PruneShifts,
     Quantize,
     QuantizeDynamic,
     ReestimateBatchNorm,
     Separable,
     Shift,
+    SparsifyChannels,
     SqueezeExcite,
 )
 from compress.task import Work
@@ -73,18 +75,20 @@ QUICK: dict[str, Stage] = {
     "PoolHead": PoolHead(images=16),
     "Prune": Prune(amount=0.3, images=16),
     "PruneChannels": PruneChannels(macs=0.6, images=16),
+    "PruneShifts": PruneShifts(harm=0.2, zero=0.1, images=16),
     "Quantize": Quantize(calibration_images=16),
     "QuantizeDynamic": QuantizeDynamic(),
     "ReestimateBatchNorm": ReestimateBatchNorm(images=16),
     "Separable": Separable(images=16),
     "Shift": Shift(taps=3, images=16),
+    "SparsifyChannels": SparsifyChannels(epochs=1, lr=0.01),
     "SqueezeExcite": SqueezeExcite(),
 }
 
 # After the first of these the second finds nothing to do: no norm, no layer with one neighbour, no weight of its own.
 IDLE = {("Equalize", "Equalize"), ("Equalize", "FoldBatchNorm"), ("FoldBatchNorm", "FoldBatchNorm")}
 IDLE |= {("Cluster", "AdaRound")} | {(first, "Equalize") for first in ("Fire", "Group", "PoolHead", "Shift")}
-IDLE |= {("Prune", "Prune"), ("Prune", "Equalize"), ("Factorize", "QuantizeDynamic")}
+IDLE |= {("Prune", "Prune"), ("Prune", "Equalize"), ("Factorize", "QuantizeDynamic"), ("PruneShifts", "Shift")}
 REPLACING = {"Factorize", "Fire", "Group", "Invert", "Separable", "Shift"}  # every convolution that they can
 
 
@@ -101,9 +105,11 @@ def base(*stages: str) -> tuple[str, dict[str, Any]]:
 
 
 def with_what_they_need(stages: dict[str, Stage]) -> dict[str, Stage]:
-    """The stages, with a `Quantize` in front of the first that wants a quantized model."""
+    """The stages, with a `Quantize` in front of the first that wants a quantized model, a `Shift` where shifts are."""
     given: dict[str, Stage] = {}
     for name, stage in stages.items():
+        if isinstance(stage, PruneShifts) and not any(isinstance(before, Shift) for before in given.values()):
+            given["needed"] = QUICK["Shift"]
         if isinstance(stage, AdaRound | CorrectBias | FreezeRanges) and not any(
             isinstance(before, Quantize | QuantizeDynamic) for before in given.values()
         ):

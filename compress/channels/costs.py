@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.channels.groups import ChannelGroup
-from compress.measure import profile
+from compress.measure import counted
 from compress.nn.displace import Shift2d
 from compress.nn.shift import ShiftConv2d
 from compress.surgery import layers
@@ -87,13 +87,6 @@ class Costs:
             for group, share in self.shares[name][side]
             if group in left
         )
-
-
-def counted(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """What the network costs as it is."""
-    numbers = profile(model, example)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    return {"macs": numbers.macs, "params": numbers.params, "bytes": size}
 
 
 def _described(module: nn.Module, positions: int) -> _Layer:

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress.errors import ConfigError
+from compress.lower.plain import bake
 from compress.nn.displace import Shift2d
 from compress.nn.shift import ShiftConv2d
+from compress.reconstruct import execution_order
 from compress.surgery import describe, kind
 from compress.surgery import replace as put
 
+MAKERS = (nn.Conv2d, nn.Linear, ShiftConv2d)  # the layers that make channels
 # What is made of torch's layers has to be able to say its new widths; the sides of its layers that it can say.
 _SAYABLE = {
     "Fire": {"squeeze": "io", "expand1": "io", "expand3": "io"},
@@ -61,6 +64,32 @@ class ChannelGroup:
         return tuple(member for member in self.members if member.side in sides)
 
 
+def removable(
+    model: nn.Module, found: Mapping[str, nn.Module], left_out: Mapping[str, str], example: Tensor
+) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
+    """The groups whose channels may go; and for each of the `found` makers why its channels stay, "" where they may go.
+
+    `left_out` says why a maker is left out, "" where it is not. A group goes only if none of its makers is left out.
+
+    Raises:
+        ConfigError: the network's forward pass cannot be followed.
+    """
+    inner = {name: module for name, module in model.named_modules() if name and not list(module.children())}
+    calls = execution_order(model, {**inner, **found}, example)
+    unseen = {name: "its channels cannot be followed" if name in calls else "never reached" for name in found}
+    free, why = [], {name: left_out[name] or unseen[name] for name in found}
+    for group in find_groups(model, example, calls):
+        makers = [member.name for member in group.of("out", "same") if member.name in found]
+        reason = next((left_out[name] for name in makers if left_out[name]), "")
+        if group.why or reason:
+            tied = f"its channels go with those of a layer that is left out ({reason})"
+            why.update({name: group.why or left_out[name] or tied for name in makers})
+        else:
+            free.append(group)
+            why.update(dict.fromkeys(makers, ""))
+    return tuple(free), why
+
+
 def find_groups(model: nn.Module, example: Tensor, calls: Mapping[str, int]) -> tuple[ChannelGroup, ...]:
     """All groups of channels of a network; `calls` says how often each layer is called.
 
@@ -85,8 +114,7 @@ def _stand_in(model: nn.Module) -> tuple[nn.Module, dict[int, str]]:
     standing = copy.deepcopy(model)
     for module in list(standing.modules()):
         if parametrize.is_parametrized(module):
-            for tensor in list(module.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
-                parametrize.remove_parametrizations(module, tensor)
+            bake(module)
     for module in list(standing.modules()):
         if kind(module) is ShiftConv2d:
             standing = put(standing, module, _dense(module))

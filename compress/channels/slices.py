@@ -11,12 +11,14 @@ from torch.nn.utils import parametrize
 
 from compress.channels.groups import ChannelGroup
 from compress.errors import ConfigError
+from compress.lower.plain import bake
 from compress.nn.displace import Shift2d
 from compress.nn.masked import MaskedWeight, mask_of, put_mask
 from compress.nn.shift import ShiftConv2d
 from compress.surgery import kind
 
 Removed = Mapping[str, Tensor]  # group -> the units that go
+CLOSE = 1e-3  # of the largest answer: so far rounding may take the cut network from the one it was cut from
 
 
 @torch.no_grad()
@@ -26,6 +28,29 @@ def remove(model: nn.Module, groups: Iterable[ChannelGroup], removed: Removed) -
         if len(leaving):
             _cut(model.get_submodule(name), side, leaving)
             _say_widths(model, name)
+
+
+@torch.no_grad()
+def remove_unread(model: nn.Module, groups: Iterable[ChannelGroup], removed: Removed, example: Tensor) -> None:
+    """Take channels out that nothing reads, as what reads them is zero already, and see that this changes nothing.
+
+    Raises:
+        ConfigError: the network does not run with other widths, or answers otherwise.
+    """
+    before = model(example)
+    remove(model, groups, removed)
+    try:
+        apart = float((model(example) - before).abs().max())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"without the channels that were removed the network does not run ({error}): its forward pass counts on a "
+            "fixed width; put the layers before that place into `exclude`."
+        ) from error
+    if apart > CLOSE * max(1.0, float(before.abs().max())):
+        raise ConfigError(
+            f"cutting the channels out changed the answers by {apart:.3g}: some of them are read in a way that the "
+            "dependency graph does not see; put the layers before that place into `exclude`."
+        )
 
 
 def _leaving(groups: Iterable[ChannelGroup], removed: Removed) -> dict[tuple[str, str], Tensor]:
@@ -148,13 +173,13 @@ def bake_masks(model: nn.Module) -> dict[str, Tensor]:
         chains: Any = module.parametrizations
         if masked is None or set(chains) != {"weight"} or len(chains.weight) != 1:
             raise ConfigError(
-                f"{name} has weights that are computed from others; `PruneChannels` has to come before the stage that "
-                "made them so."
+                f"{name} has weights that are computed from others; channels have to be taken out before the stage "
+                "that made them so."
             )
         weight: Any = module.weight
         masks[name] = weight != 0 if masked.steps else masked.mask.clone()
     for name in masks:
-        parametrize.remove_parametrizations(model.get_submodule(name), "weight")
+        bake(model.get_submodule(name))
     return masks
 
 

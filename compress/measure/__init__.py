@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.measure.counts import Profile, profile
+from compress.measure.counts import Profile, counted, profile
 from compress.measure.estimate import HOROWITZ_45NM, Energy, EnergyTable, energy
 from compress.measure.intervals import accuracy, paired, wilson
 from compress.measure.timing import CHECKPOINT, RUNTIMES, Latency, available_threads, latency
@@ -17,6 +17,7 @@ __all__ = [
     "Profile",
     "accuracy",
     "available_threads",
+    "counted",
     "energy",
     "latency",
     "paired",

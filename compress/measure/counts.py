@@ -34,7 +34,8 @@ class Profile:
         as a module. A name is that of `named_modules`.
     bytes_fp32: 4 x params; no file's size.
     activation_bytes: outputs, for one image in float32, of the layers that hold weights (what follows them is fused).
-    shift_elements: elements that the spatial displacements of shift layers move, for one image.
+    shift_elements: elements that the spatial displacements of shift layers move, for one image; a copy whose weights
+        are all zero moves none.
     """
 
     params: int
@@ -80,6 +81,13 @@ def profile(model: nn.Module, example: Tensor) -> Profile:
     )
 
 
+def counted(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """MACs, parameters, and bytes of parameters and buffers as they are in memory: what budgets are shares of."""
+    numbers = profile(model, example)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    return {"macs": numbers.macs, "params": numbers.params, "bytes": size}
+
+
 def effective_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by name, once, as the forward pass sees it: parametrizations applied, their insides left out."""
     seen: set[int] = set()
@@ -122,8 +130,10 @@ class _Work:
         self.outputs[key] = self.outputs.get(key, 0) + output.numel()
         moves = getattr(module, "displacement", None)
         if isinstance(moves, Tensor):
-            moved = int((moves.detach().abs() >= 0.5).any(dim=-1).sum()) if _integer(module) else moves[..., 0].numel()
-            self.shifted[key] = self.shifted.get(key, 0) + moved * output.shape[-2] * output.shape[-1]
+            moved = (moves.detach().abs() >= (0.5 if _integer(module) else 0)).any(dim=-1)
+            if hasattr(module, "carrying"):
+                moved &= module.carrying()  # type: ignore[operator]  # a method, by the layers' contract
+            self.shifted[key] = self.shifted.get(key, 0) + int(moved.sum()) * output.shape[-2] * output.shape[-1]
 
 
 def _integer(module: nn.Module) -> bool:

@@ -189,6 +189,11 @@ class ShiftConv2d(nn.Module):
         self.displacement.requires_grad_(False)
         self.learn = False
 
+    def carrying(self) -> Tensor:
+        """Which copies (in_channels, taps) have a weight that is not zero."""
+        weight = self.pointwise.weight.detach()
+        return weight.view(self.groups, self.out_channels // self.groups, -1).any(1).view(-1, self.taps)
+
     def penalty(self) -> Tensor:
         """What the layer adds to the training loss: `l1` times the L1 norm of its displacements, while they learn.
 

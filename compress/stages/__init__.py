@@ -17,11 +17,13 @@ from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.pool_head import PoolHead
 from compress.stages.prune import Prune
 from compress.stages.prune_channels import PruneChannels
+from compress.stages.prune_shifts import PruneShifts
 from compress.stages.quantize import Quantize
 from compress.stages.quantize_dynamic import QuantizeDynamic
 from compress.stages.reestimate_batch_norm import ReestimateBatchNorm
 from compress.stages.separable import Separable
 from compress.stages.shift import Shift
+from compress.stages.sparsify_channels import SparsifyChannels
 from compress.stages.squeeze_excite import SqueezeExcite
 
 __all__ = [
@@ -42,10 +44,12 @@ __all__ = [
     "PoolHead",
     "Prune",
     "PruneChannels",
+    "PruneShifts",
     "Quantize",
     "QuantizeDynamic",
     "ReestimateBatchNorm",
     "Separable",
     "Shift",
+    "SparsifyChannels",
     "SqueezeExcite",
 ]

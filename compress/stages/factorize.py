@@ -14,12 +14,12 @@ to fine-tune. Ranks by `vbmf` without `weaken` cut deep. Exclude the first layer
 Knobs. `method`: the form. Exactly one of these says how low the ranks are: `ratio`, the share of each layer's own
 weights that may be left; `energy`, the share of squared singular values kept; `vbmf`, what stands out of the noise,
 with `weaken` (1: pure; MUSCO's 0.8) and `min_rank`; `ranks`, by name pattern, for tucker [in, out], else [rank], of one
-group; `macs` or `params`, the share of the whole model's to come down to, shared out by what the loss of rank in each
-layer does to the network's logits, to first order, on 96 images. There is no budget in time: the gate covers that.
-`cp` takes `ratio` or `ranks`. `multiple`: ranks are multiples of it, or a layer's own channels. `refine: false`: the
-decomposition of the weights alone. `rounds`: how often, at most, the factors are solved in turn. `images`, `ridge`:
-what the fit is made on, and how much it pulls to zero. `gate`: none, macs, bytes or latency: layers that do not get
-cheaper are kept.
+group; or a share of the whole model's cost to come down to: `macs`, `params`, `bytes` (in memory), or `latency` in the
+target runtime, for one image (MACs are lowered by tenths until the measured time is reached), shared out by what the
+loss of rank in each layer does to the network's logits, to first order, on 96 images. `cp` takes `ratio` or `ranks`.
+`multiple`: ranks are multiples of it, or a layer's own channels. `refine: false`: the decomposition of the weights
+alone. `rounds`: how often, at most, the factors are solved in turn. `images`, `ridge`: what the fit is made on, and how
+much it pulls to zero. `gate`: none, macs, bytes or latency: layers that do not get cheaper are kept.
 
 Measured. Before training, by each way to the ranks: `benchmarks/surgery.py`. With training: not yet measured.
 
@@ -29,30 +29,34 @@ Lebedev et al., ICLR 2015; Zhang et al., TPAMI 2016 (low rank by regression on r
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from compress.allocate import Choice, share_out
 from compress.errors import ConfigError
+from compress.lowrank.budget import RankCosts
 from compress.lowrank.factors import Problem, Ranks, Shape
-from compress.lowrank.fit import as_linear, fit
-from compress.lowrank.harm import harms, places
+from compress.lowrank.fit import as_linear, empty, fit
+from compress.lowrank.harm import harms
 from compress.lowrank.ranks import Basis, allowed, best, by_energy, by_vbmf, costs, kept, rounded
-from compress.measure import Profile, profile
+from compress.measure import counted
 from compress.reconstruct import Normal, execution_order, plain_images
 from compress.stage import Edit, Keep
 from compress.substitute import Old, Substitution, as_convolution, check_settings, substitute
 from compress.surgery import by_pattern, layers, left_out
+from compress.surgery import replace as put
 from compress.task import Task, Work
+from compress.time_budget import reached_in_time
 
 METHODS = ("tucker", "svd", "spatial", "cp")
-WAYS = ("ratio", "energy", "vbmf", "ranks", "macs", "params")
+BUDGETS = ("macs", "params", "bytes", "latency")
+WAYS = ("ratio", "energy", "vbmf", "ranks", *BUDGETS)
 JUDGES = 96  # images on which lower ranks are judged when a budget is shared out
-SHARES = [share / 20 for share in range(1, 20)]  # of a layer's own cost: what a budget chooses from
 ROWS = 24  # for each weight of an output: more change nothing but the time
 MOST_FEATURES = 6000  # weights of an output: above, the equations take gigabytes and the weights alone have to do
 
@@ -70,6 +74,8 @@ class Factorize(Substitution):
     ranks: dict[str, list[int]] = field(default_factory=dict)
     macs: float | None = None
     params: float | None = None
+    bytes: float | None = None
+    latency: float | None = None
     multiple: int = 1
     refine: bool = True
     rounds: int = 5
@@ -116,9 +122,9 @@ class Factorize(Substitution):
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)
         example = task.example.to(task.device)
-        before = profile(model, example)
+        before = counted(model, example)
         by_name = by_pattern("ranks", self.ranks, list(layers(model, self.kinds)))
-        shared = self._shared_out(model, task, work, before) if self.way in ("macs", "params") else {}
+        shared, reached = self._shared_out(model, task, work) if self.way in BUDGETS else ({}, {})
 
         def start(old: Old) -> tuple[nn.Module, float]:
             shape = Shape.of(old.layer, self.method)
@@ -131,12 +137,13 @@ class Factorize(Substitution):
             return self._start(old, shape, shared.get(old.name) or self._by_weights(old, shape))
 
         edit = substitute(model, task, work, self, start, {"method": self.method}, self.kinds)
-        after = profile(edit.model, example)
+        after = counted(edit.model, example)
         made = {site.name: edit.model.get_submodule(site.name) for site in edit.sites if site.after is not None}
         told: dict[str, Any] = {
             "ranks": {name: list(getattr(new, "ranks", ())) or [new.rank] for name, new in made.items()},
             "requested": {self.way: getattr(self, self.way)},
-            "achieved": {unit: round(getattr(after, unit) / getattr(before, unit), 4) for unit in ("params", "macs")},
+            "achieved": {unit: round(after[unit] / before[unit], 4) for unit in before},
+            **reached,
         }
         return replace(edit, notes={**edit.notes, **told})
 
@@ -207,47 +214,44 @@ class Factorize(Substitution):
     def _is_cp(self, layer: nn.Conv2d) -> bool:
         return self.method == "cp" and math.prod(layer.kernel_size) > 1
 
-    def _shared_out(self, model: nn.Module, task: Task, work: Work, before: Profile) -> dict[str, Ranks | None]:
-        """Ranks for each layer, so that the model comes down to its budget with the least harm; None: as it is."""
+    def _shared_out(self, model: nn.Module, task: Task, work: Work) -> tuple[dict[str, Ranks | None], dict[str, Any]]:
+        """Ranks for each layer (None: as it is) that bring the model down to its budget with the least harm; notes."""
         found = layers(model, self.kinds)
         reasons = left_out(model, found, self.include, self.exclude)
-        reached = execution_order(model, found, task.example.to(task.device))
+        example = task.example.to(task.device)
+        reached = execution_order(model, found, example)
         chosen = {name: layer for name, layer in found.items() if name in reached and not reasons[name]}
         if not chosen:
-            return {}
+            return {}, {}
         was_training = model.training
         model.eval()
-        shapes = {name: Shape.of(as_convolution(layer), self.method) for name, layer in chosen.items()}
-        used = dict.fromkeys(chosen, (1, 1))
-        if self.way == "macs":
-            used = places(model, chosen, self.method, task.example.to(task.device))
-        cost = {name: costs(shape, used[name]) for name, shape in shapes.items()}
-        own = {name: used[name][1] * shape.weights for name, shape in shapes.items()}
-        may = {name: allowed(shape, self.multiple) & (cost[name] < own[name]) for name, shape in shapes.items()}
-        total, share = getattr(before, self.way), getattr(self, self.way)
-        others = total - sum(own.values())
-        lowest = {name: int(cost[name][may[name]].min()) if bool(may[name].any()) else own[name] for name in chosen}
-        least = others + sum(lowest.values())
-        if int(share * total) < least:
-            closest = math.ceil(1000 * least / total) / 1000
-            raise ConfigError(
-                f"`{self.way}` (={share}) must be at least {closest}: the lowest ranks leave so much of {total:,}."
-            )
+        unit, share = "macs" if self.way == "latency" else self.way, float(getattr(self, self.way))
+        costs = RankCosts.of(model, chosen, self.method, unit, self.multiple, example)
+        if self.way != "latency":
+            costs.require(self.way, share)
         images = plain_images(task.calibration, JUDGES, task.device)
         harm = harms(model, chosen, self.method, images, work.seed(task.seed, "ranks"))
+
+        def made(share: float) -> tuple[Any, Callable[[], nn.Module]]:
+            ranks = costs.shared(harm, share)
+            return ranks, lambda: self._unsolved(model, ranks)
+
+        told: dict[str, Any] = {}
+        if self.way == "latency":
+            limits = f"`multiple` (={self.multiple}) and the lowest ranks"
+            share, told = reached_in_time(model, made, costs.least / costs.total, limits, share, task, work)
         model.train(was_training)
-        ranks: dict[str, list[Ranks | None]] = {}
-        choices: dict[str, list[Choice]] = {}
-        for name in chosen:
-            limits = [lowest[name], *(part * own[name] for part in SHARES)]
-            several = {best(-harm[name], cost[name], may[name], limit) for limit in limits} - {None}
-            ranks[name] = [None, *sorted(each for each in several if each is not None)]
-            choices[name] = [Choice(own[name], 0.0)]
-            for each in ranks[name][1:]:
-                assert each is not None
-                place = each[0] - 1, each[1] - 1
-                choices[name].append(Choice(int(cost[name][place]), float(harm[name][place])))
-        return {name: ranks[name][i] for name, i in share_out(choices, int(share * total) - others).items()}
+        return costs.shared(harm, share), told
+
+    def _unsolved(self, model: nn.Module, ranks: Mapping[str, Ranks | None]) -> nn.Module:
+        """The model with layers of these ranks whose weights are any."""
+        thin = copy.deepcopy(model)
+        for name, each in ranks.items():
+            if each is not None:
+                old = thin.get_submodule(name)
+                new = empty(as_convolution(old), self.method, each)
+                thin = put(thin, old, (new if isinstance(old, nn.Conv2d) else as_linear(new)).eval())
+        return thin
 
 
 def _cp_weights(layer: nn.Conv2d, shape: Shape, rank: int) -> int:

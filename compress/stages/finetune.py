@@ -23,7 +23,6 @@ Reference. Distillation: Hinton et al., "Distilling the Knowledge in a Neural Ne
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,59 +32,18 @@ from compress.errors import ConfigError
 from compress.lower.tensors import round_biases
 from compress.stage import Edit
 from compress.task import Task, Work
-from compress.train import SCHEDULES, fit
+from compress.train import fit
+from compress.training import Training, training_problems
 
 
 @dataclass(frozen=True)
-class FineTune:
+class FineTune(Training):
     """Settings of the stage; see the module's card."""
-
-    epochs: int = 10
-    lr: float = 0.05
-    optimizer: str = "sgd"
-    schedule: str = "cosine"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup_epochs: float = 0.25
-    label_smoothing: float = 0.0
-    distill: float = 0.0
-    temperature: float = 4.0
-    clip: float = 0.0
-    average: float = 0.0
-    keep: str = "last"
-    batch_norm: str = "train"
 
     kind: ClassVar[str] = "finetune"
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.epochs < 1:
-            problems.append(f"`epochs` (={self.epochs}) must be at least 1; to train nothing, leave the stage out.")
-        for name, low, high in (
-            ("lr", 0.0, math.inf),
-            ("momentum", 0.0, 1.0),
-            ("weight_decay", 0.0, math.inf),
-            ("warmup_epochs", 0.0, float(max(self.epochs, 1))),
-            ("label_smoothing", 0.0, 1.0),
-            ("distill", 0.0, 1.0),
-            ("temperature", 0.0, math.inf),
-            ("clip", 0.0, math.inf),
-            ("average", 0.0, 1.0),
-        ):
-            value = getattr(self, name)
-            above_zero = name in ("lr", "temperature")
-            if not (math.isfinite(value) and low <= value <= high) or (above_zero and value == 0):
-                rule = "above 0" if above_zero else f"between {low:g} and {high:g}" if high < math.inf else "0 or more"
-                problems.append(f"`{name}` (={value}) must be {rule}.")
-        choices = {
-            "optimizer": ("sgd", "adamw"),
-            "keep": ("last", "best"),
-            "schedule": SCHEDULES,
-            "batch_norm": ("train", "frozen"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                problems.append(f"`{name}` (={getattr(self, name)}) must be one of {', '.join(known)}.")
+        problems = training_problems(self)
         if problems:
             raise ConfigError("\n".join(problems))
 

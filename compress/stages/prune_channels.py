@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -39,24 +39,23 @@ import torch
 from torch import Tensor, nn
 
 from compress.channels.budget import allowed, by_harm, levels, uniform
-from compress.channels.costs import MEASURES, Costs, counted
-from compress.channels.groups import ChannelGroup, find_groups
+from compress.channels.costs import MEASURES, Costs
+from compress.channels.groups import MAKERS, ChannelGroup, removable
 from compress.channels.on_demand import MOST_BYTES, OnDemand, bytes_an_image
 from compress.channels.scores import SCORES, take_gradients, unit_scores
-from compress.channels.slices import bake_masks, put_masks, remove
+from compress.channels.slices import bake_masks, put_masks, remove, remove_unread
 from compress.channels.thinning import Thinning
-from compress.channels.time import reached_in_time
 from compress.errors import ConfigError
-from compress.nn.shift import ShiftConv2d
-from compress.reconstruct import execution_order, plain_images
+from compress.measure import counted
+from compress.reconstruct import plain_images
 from compress.stage import Edit, Site
 from compress.surgery import describe, layers, matching, require_change
 from compress.task import Task, Work
+from compress.time_budget import reached_in_time
 
 AMOUNTS = (*MEASURES, "latency")
 ALLOCATIONS = ("sensitivity", "uniform")
 JUDGES = 256  # images on which the groups' harm is measured
-CLOSE = 1e-3  # of the largest answer: so far rounding may take the cut network from the one it was cut from
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class PruneChannels:
     exclude: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "channels"
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear, ShiftConv2d)
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = MAKERS
 
     def __post_init__(self) -> None:
         given = [name for name in AMOUNTS if getattr(self, name) != 0]
@@ -105,18 +104,13 @@ class PruneChannels:
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         found = layers(model, self.kinds)
-        reasons = matching(list(found), self.include, self.exclude)
+        left_out = matching(list(found), self.include, self.exclude)
         was_training = model.training
         model.eval()
         before = {name: describe(layer) for name, layer in found.items()}
         masks = bake_masks(model)
         example = task.example.to(task.device)
-        inner = {name: module for name, module in model.named_modules() if name and not list(module.children())}
-        calls = execution_order(model, {**inner, **found}, example)
-        groups = find_groups(model, example, calls)
-        free, why = _chosen(groups, reasons)
-        for name in found:
-            reasons[name] = why.get(name) or reasons[name] or ("" if name in calls else "never reached")
+        free, reasons = removable(model, found, left_out, example)
         counts = {group.name: allowed(group, self.multiple, self.floor) for group in free}
         require_change([Site(n, before[n], None if reasons[n] else "", reasons[n]) for n in found])
         costs = counted(model, example)
@@ -126,7 +120,7 @@ class PruneChannels:
         work.progress.start("channels", len(plan.readers))
         gone = plan.thin(original, order, left, self.by == "reconstruction", work.progress.step)
         work.progress.end()
-        _cut(model, free, gone, example)
+        remove_unread(model, free, gone, example)
         for name, cost in counted(model, example).items():
             told.setdefault(name, {})["achieved"] = round(cost / costs[name], 4)
         put_masks(model, masks, free, gone)
@@ -175,7 +169,13 @@ class PruneChannels:
         told: dict[str, Any] = {}
         share = requested
         if self.amount == "latency":
-            share, told = reached_in_time(plan.model, plan.groups, order, shared, least / whole, requested, task, work)
+            limits = f"`floor` (={self.floor}) and `multiple` (={self.multiple})"
+
+            def made(share: float) -> tuple[Any, Callable[[], nn.Module]]:
+                left = shared(share)
+                return left, lambda: _without(plan, order, left)
+
+            share, told = reached_in_time(plan.model, made, least / whole, limits, requested, task, work)
         left = shared(share)
         told[self.amount] = {"requested": requested, **told.get(self.amount, {})}
         return order, left, told
@@ -212,42 +212,15 @@ class PruneChannels:
         return order, harms
 
 
-def _chosen(
-    groups: Sequence[ChannelGroup], reasons: Mapping[str, str]
-) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
-    """The groups whose channels may go; and for each layer that makes others why they stay."""
-    free, why = [], {}
-    for group in groups:
-        makers = [member.name for member in group.of("out", "same") if member.name in reasons]
-        left_out = next((reasons[name] for name in makers if reasons[name]), "")
-        if group.why or left_out:
-            tied = "" if group.why else f"its channels go with those of a layer that is left out ({left_out})"
-            why.update({name: group.why or reasons[name] or tied for name in makers})
-        else:
-            free.append(group)
-    return tuple(free), why
+def _without(plan: Thinning, order: Mapping[str, Tensor], left: Mapping[str, int]) -> nn.Module:
+    """The network with so many units left in each group, no weight solved anew."""
+    thin = copy.deepcopy(plan.model)
+    gone = {g.name: order[g.name][: g.units - left[g.name]] for g in plan.groups if left[g.name] < g.units}
+    remove(thin, plan.groups, gone)
+    return thin
 
 
 def _site(name: str, before: str, after: str, why: str) -> Site:
     if before != after:
         return Site(name, before, after)
     return Site(name, before, None, why or "all its channels stay within the budget")
-
-
-@torch.no_grad()
-def _cut(model: nn.Module, groups: Sequence[ChannelGroup], gone: Mapping[str, Tensor], example: Tensor) -> None:
-    """Take the channels out, and see that this changes nothing: what reads them is zero already."""
-    before = model(example)
-    remove(model, groups, gone)
-    try:
-        apart = float((model(example) - before).abs().max())
-    except RuntimeError as error:
-        raise ConfigError(
-            f"without the channels that were removed the network does not run ({error}): its forward pass counts on a "
-            "fixed width; put the layers before that place into `exclude`."
-        ) from error
-    if apart > CLOSE * max(1.0, float(before.abs().max())):
-        raise ConfigError(
-            f"cutting the channels out changed the answers by {apart:.3g}: some of them are read in a way that the "
-            "dependency graph does not see; put the layers before that place into `exclude`."
-        )

@@ -1,0 +1,61 @@
+"""How a network is trained: the settings of every stage that trains, and their checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+SCHEDULES = ("cosine", "step")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of `train.fit`; the card of `FineTune` explains them."""
+
+    epochs: int = 10
+    lr: float = 0.05
+    optimizer: str = "sgd"
+    schedule: str = "cosine"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 0.25
+    label_smoothing: float = 0.0
+    distill: float = 0.0
+    temperature: float = 4.0
+    clip: float = 0.0
+    average: float = 0.0
+    keep: str = "last"
+    batch_norm: str = "train"
+
+
+def training_problems(settings: Training) -> list[str]:
+    """What makes no sense in these settings, as sentences. Empty when all is well."""
+    problems = []
+    if settings.epochs < 1:
+        problems.append(f"`epochs` (={settings.epochs}) must be at least 1; to train nothing, leave the stage out.")
+    for name, low, high in (
+        ("lr", 0.0, math.inf),
+        ("momentum", 0.0, 1.0),
+        ("weight_decay", 0.0, math.inf),
+        ("warmup_epochs", 0.0, float(max(settings.epochs, 1))),
+        ("label_smoothing", 0.0, 1.0),
+        ("distill", 0.0, 1.0),
+        ("temperature", 0.0, math.inf),
+        ("clip", 0.0, math.inf),
+        ("average", 0.0, 1.0),
+    ):
+        value = getattr(settings, name)
+        above_zero = name in ("lr", "temperature")
+        if not (math.isfinite(value) and low <= value <= high) or (above_zero and value == 0):
+            rule = "above 0" if above_zero else f"between {low:g} and {high:g}" if high < math.inf else "0 or more"
+            problems.append(f"`{name}` (={value}) must be {rule}.")
+    choices = {
+        "optimizer": ("sgd", "adamw"),
+        "keep": ("last", "best"),
+        "schedule": SCHEDULES,
+        "batch_norm": ("train", "frozen"),
+    }
+    for name, known in choices.items():
+        if getattr(settings, name) not in known:
+            problems.append(f"`{name}` (={getattr(settings, name)}) must be one of {', '.join(known)}.")
+    return problems
