@@ -29,7 +29,7 @@ from compress.lower.pt2_x86 import pt2_x86_problems
 from compress.measure import RUNTIMES
 from compress.models.weights import load_weights
 from compress.quantization import is_quantized
-from compress.stage import Stage, order_problems
+from compress.stage import Stage, missing_problems, order_problems
 from compress.targets import collecting, factory, stage
 from compress.task import PRECISIONS, Task
 
@@ -259,26 +259,22 @@ def _misfits(base: nn.Module, stages: Mapping[str, Stage]) -> list[str]:
     """
     problems: list[str] = []
     first = True
-    before = {"quantize"} if is_quantized(base) else set()
+    if not is_quantized(base):
+        problems += missing_problems(stages)
     for name, each in stages.items():
-        wanted = getattr(each, "after", None)  # the kind of a stage that has to stand before it
-        if wanted is not None and wanted not in before:
-            problems.append(
-                f"`stages.{name}` ({type(each).__name__}) has to stand behind a stage of the kind {wanted!r}."
-            )
-        before.add(each.kind)
         if not hasattr(each, "kinds"):
             continue
         with collecting(problems, f"`stages.{name}`: "):
-            names = list(surgery.layers(base, each.kinds))
+            find = surgery.layers_and_ours if getattr(each, "ours", False) else surgery.layers
+            names = list(find(base, each.kinds))
             if names:
                 reasons = surgery.matching(names, getattr(each, "include", ()), getattr(each, "exclude", ()))
                 if all(reasons.values()):
                     raise ConfigError("`include` and `exclude` leave no layer to change.")
-            elif first:
-                kinds = ", ".join(kind.__name__ for kind in each.kinds)
-                raise ConfigError(f"the model has no {kinds}, so there is nothing to change; choose another `model`.")
             if first and hasattr(each, "check"):
                 each.check(base)
+            if first and not names:
+                kinds = ", ".join(kind.__name__ for kind in each.kinds)
+                raise ConfigError(f"the model has no {kinds}, so there is nothing to change; choose another `model`.")
         first = False
     return problems

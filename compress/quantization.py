@@ -21,7 +21,7 @@ from compress.nn.masked import MaskedWeight
 from compress.nn.places import place_quantizers, quantizer_places, trace
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
 from compress.stage import Edit, Site
-from compress.surgery import describe, is_ours, kind, leaves, matching, replace, require_change, weighted
+from compress.surgery import describe, layers_and_ours, matching, replace, require_change, weighted
 from compress.task import Task, Work
 
 KINDS: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
@@ -116,7 +116,7 @@ def quantize(model: nn.Module, task: Task, work: Work, plan: Plan) -> Edit:
     """
     if is_quantized(model):
         raise ConfigError("the model is quantized already; keep one of the stages that quantize.")
-    found = {name: layer for name, layer in leaves(model) if kind(layer) in KINDS or is_ours(layer)}
+    found = layers_and_ours(model, KINDS)
     kept = _kept(found, plan)
     was_training = model.training
     model.eval()

@@ -24,9 +24,10 @@ from compress.lower.forms import FORMS
 from compress.lower.pt2_x86 import pt2_x86_problems
 from compress.lower.torchao import is_dynamic, torchao_problems
 from compress.models.weights import load_weights
+from compress.quantization import is_quantized
 from compress.reconstruct import plain_images
 from compress.rows import answers, plain, row
-from compress.stage import Stage, order_problems
+from compress.stage import Stage, missing_problems, order_problems
 from compress.store import Done
 from compress.task import Progress, Task, Work
 
@@ -82,7 +83,11 @@ def run(
     named = dict(stages) if isinstance(stages, Mapping) else {type(s).__name__.lower(): s for s in stages}
     if len(named) < len(stages):
         raise ConfigError("two stages of one class need names of their own: give `stages` as a mapping.")
-    problems = order_problems(named) + (pt2_x86_problems(named) if "pt2_x86" in export else [])
+    problems = order_problems(named)
+    if model is None or not is_quantized(model):
+        problems += missing_problems(named)
+    if "pt2_x86" in export:
+        problems += pt2_x86_problems(named)
     if target == "cuda" and measure != "none" and build is None:
         problems += torchao_problems(named)
     if problems or not named:
@@ -202,7 +207,8 @@ def _carry_out(
 
     for name, stage in stages.items():
         what = store.described(stage)
-        timing = place.target if getattr(stage, "gate", "none") == "latency" else None  # then the target decides too
+        measures = getattr(stage, "gate", "none") == "latency" or getattr(stage, "latency", None)
+        timing = place.target if measures else None  # then the target decides too
         lineage = f"{lineage}/{name}"
         key = store.key(done.key, [what, store.code_of(type(stage)), timing, lineage], task)
         done = place.outcome(lineage, stage, done.edit.model, task, key)

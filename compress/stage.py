@@ -46,7 +46,8 @@ class Edit:
 class Stage(Protocol):
     """A frozen dataclass of settings; calling it compresses (or trains) `model` for `task`.
 
-    `kind` is its row in the order table. The given model may be edited in place; the returned one is the one to use.
+    `kind` is its row in the order table. A stage may also say which it `needs`: names of stages of which one has to
+    stand before it. The given model may be edited in place; the returned one is the one to use.
     """
 
     kind: ClassVar[str]
@@ -102,4 +103,17 @@ def order_problems(stages: Mapping[str, Stage]) -> list[str]:
                     f"`stages.{later}` ({type(stages[later]).__name__}) cannot come after `stages.{earlier}` "
                     f"({type(stages[earlier]).__name__}): {reason.format(later=earlier)}."
                 )
+    return problems
+
+
+def missing_problems(stages: Mapping[str, Stage]) -> list[str]:
+    """Every stage before which none of those stands that it needs, as sentences. Empty when all is well."""
+    problems = []
+    before: set[str] = set()
+    for name, stage in stages.items():
+        needs = getattr(stage, "needs", ())
+        if needs and not before.intersection(needs):
+            wanted = " or ".join(f"`{each}`" for each in needs)
+            problems.append(f"`stages.{name}` ({type(stage).__name__}) needs {wanted} before it; put one there.")
+        before.add(type(stage).__name__)
     return problems

@@ -19,7 +19,7 @@ from compress.errors import ConfigError
 from compress.gate import Gate, check_gate
 from compress.reconstruct import ROWS, Normal, Pairs, execution_order, normal_equations, plain_images, seen_by
 from compress.stage import Edit
-from compress.surgery import layers, left_out, swap
+from compress.surgery import layers, swap
 from compress.task import Task, Work
 
 
@@ -35,10 +35,6 @@ class Substitution:
 
     kind: ClassVar[str] = "substitute"
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
-
-    def check(self, model: nn.Module) -> None:
-        """Raise `ConfigError` for patterns that match nothing."""
-        left_out(model, layers(model, self.kinds), self.include, self.exclude)
 
 
 def check_settings(settings: Substitution, **least: int) -> None:

@@ -152,6 +152,11 @@ def layers(model: nn.Module, kinds: Sequence[type[nn.Module]]) -> dict[str, nn.M
     return {name: module for name, module in leaves(model) if kind(module) in kinds}
 
 
+def layers_and_ours(model: nn.Module, kinds: Sequence[type[nn.Module]]) -> dict[str, nn.Module]:
+    """The layers of exactly these kinds, and all layers of ours, by name, each module object once."""
+    return {name: module for name, module in leaves(model) if kind(module) in kinds or is_ours(module)}
+
+
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put `new` wherever `old` stands (a module used twice is replaced in both places); gives back the model."""
     if model is old:

@@ -204,9 +204,10 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
             {"stages": {"q": {**INT8, "layers": {"x*": 4}}}},
             "`stages.q`: `layers` has the pattern 'x*', which matches no",
         ),
+        ({"stages": {"p": {"_target_": "compress.stages.PruneShifts"}}}, "put the stage `Shift`"),
         (
             {"stages": {"r": {"_target_": "compress.stages.AdaRound"}}},
-            "has to stand behind a stage of the kind 'quantize'",
+            "(AdaRound) needs `Quantize` or `MixedPrecision` before it",
         ),
         ({"sed": 1}, "`sed` is not a setting; see --help."),
         ({"seed": -1}, "`seed` (=-1) must be a whole number, 0 or more."),

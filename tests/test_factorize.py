@@ -199,6 +199,7 @@ def test_quantized_afterwards_saved_and_loaded(tmp_path: Path) -> None:
     [
         ({}, "exactly one of `ratio`, `energy`, .* must be given, not none"),
         ({"ratio": 0.5, "macs": 0.5}, "not `ratio` and `macs`"),
+        ({"latency": 0.5, "gate": "latency"}, r"`gate` \(=latency\) would keep layers after the time for `latency`"),
         ({"ratio": 1.5}, r"`ratio` \(=1.5\) must be a share, above 0 and below 1"),
         ({"ratio": 0.0}, r"`ratio` \(=0.0\) must be a share"),
         ({"ratio": 0.5, "method": "tt"}, r"`method` \(='tt'\) must be one of tucker, svd, spatial, cp"),

@@ -116,7 +116,7 @@ def test_two_of_four_input_channels_stay() -> None:
     assert edit.sites[0].after == "50.0% of 1152 weights are zero (2:4)"
     with pytest.raises(ConfigError, match=r"`pattern` \(=4:8\) needs multiples of 8 .* 2 has 4; put it into `exclude`"):
         prune(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2)), pattern="4:8")
-    with pytest.raises(ConfigError, match=r"no layer has that: 0 has 8, 2 has 4; take another pattern, such as 2:4"):
+    with pytest.raises(ConfigError, match=r"no layer has that: 0 has 8, 2 has 4; take `pattern: 2:4` instead"):
         prune(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2)), pattern="2:5")
 
 

@@ -35,7 +35,7 @@ from compress.quantization import own_grid, without_grids
 from compress.reconstruct import Pairs, execution_order, plain_images
 from compress.rounding import LayerRounding, weight_holder
 from compress.stage import Edit, Site
-from compress.surgery import describe, is_ours, kind, leaves, matching, require_change, tied
+from compress.surgery import describe, layers_and_ours, matching, require_change, tied
 from compress.task import Task, Work
 
 
@@ -51,8 +51,9 @@ class AdaRound:
     exclude: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "correct"
-    after: ClassVar[str] = "quantize"
+    needs: ClassVar[tuple[str, ...]] = ("Quantize", "MixedPrecision")
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear, ShiftConv2d)
+    ours: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, low in {"images": 1, "sweeps": 0}.items():
@@ -62,7 +63,7 @@ class AdaRound:
             raise ConfigError(f"`ridge` (={self.ridge}) must be a finite number, 0 or more.")
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
-        found = {name: layer for name, layer in leaves(model) if kind(layer) in self.kinds or is_ours(layer)}
+        found = layers_and_ours(model, self.kinds)
         kept = matching(list(found), self.include, self.exclude)
         if not any(isinstance(module, FakeQuantizeWeight) for module in model.modules()):
             raise ConfigError("the model's weights are not quantized; put `AdaRound` behind `Quantize`.")

@@ -35,7 +35,7 @@ from compress.errors import ConfigError, DataError
 from compress.nn.clustered import ClusteredWeight, share_weight
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
 from compress.stage import Edit, Keep, Site
-from compress.surgery import by_pattern, describe, is_ours, kind, leaves, matching, require_change, tied, weighted
+from compress.surgery import by_pattern, describe, kind, layers_and_ours, matching, require_change, tied, weighted
 from compress.task import Task, Work
 
 STARTS = ("linear", "density")
@@ -55,6 +55,7 @@ class Cluster:
 
     kind: ClassVar[str] = "cluster"
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
+    ours: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         given = {"bits": self.bits, "linear_bits": self.linear_bits}
@@ -100,7 +101,7 @@ class Cluster:
         return Edit(model, tuple(sites), {"entries": entries, "relative_error": errors})
 
     def _found(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        return {name: layer for name, layer in leaves(model) if kind(layer) in self.kinds or is_ours(layer)}
+        return layers_and_ours(model, self.kinds)
 
     def _bits(self, found: Mapping[str, nn.Module]) -> dict[str, int]:
         chosen = by_pattern("layers", self.layers, list(found))

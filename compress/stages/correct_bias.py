@@ -37,16 +37,7 @@ from compress.nn.quantized import FakeQuantizeWeight
 from compress.quantization import without_grids
 from compress.reconstruct import execution_order, plain_images, seen_by
 from compress.stage import Edit, Site
-from compress.surgery import (
-    describe,
-    is_ours,
-    kind,
-    leaves,
-    left_out,
-    matching,
-    output_layers,
-    require_change,
-)
+from compress.surgery import describe, kind, layers_and_ours, left_out, matching, output_layers, require_change
 from compress.task import Task, Work
 from compress.walk import Walk
 
@@ -63,8 +54,9 @@ class CorrectBias:
     exclude: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "correct"
-    after: ClassVar[str] = "quantize"
+    needs: ClassVar[tuple[str, ...]] = ("Quantize", "MixedPrecision")
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
+    ours: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -73,7 +65,7 @@ class CorrectBias:
             raise ConfigError(f"`images` (={self.images}) must be at least 1.")
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
-        found = {name: layer for name, layer in leaves(model) if kind(layer) in self.kinds or is_ours(layer)}
+        found = layers_and_ours(model, self.kinds)
         kept = matching(list(found), self.include, self.exclude)
         if not any(isinstance(module, FakeQuantizeWeight) for module in model.modules()):
             raise ConfigError("the model's weights are not quantized; put `CorrectBias` behind `Quantize`.")

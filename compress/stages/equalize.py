@@ -49,7 +49,7 @@ from compress.lower.fold import fold_batch_norm
 from compress.lower.neighbours import Pair, neighbours
 from compress.reconstruct import plain_images
 from compress.stage import Edit, Site
-from compress.surgery import describe, is_ours, kind, layers, leaves, matching, replace, require_change
+from compress.surgery import describe, layers, layers_and_ours, matching, replace, require_change
 from compress.task import Task, Work
 
 CEILING = 6.0  # of a ReLU6
@@ -71,6 +71,7 @@ class Equalize:
 
     kind: ClassVar[str] = "equalize"
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
+    ours: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -81,7 +82,7 @@ class Equalize:
             raise ConfigError(f"`images` (={self.images}) must be at least 1.")
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
-        found = {name: layer for name, layer in leaves(model) if kind(layer) in self.kinds or is_ours(layer)}
+        found = layers_and_ours(model, self.kinds)
         before = {name: describe(layer) for name, layer in found.items()}
         left_out = matching(list(found), self.include, self.exclude)
         was_training = model.training

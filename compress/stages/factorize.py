@@ -97,6 +97,11 @@ class Factorize(Substitution):
         value = getattr(self, self.way)
         if isinstance(value, float | int) and not isinstance(value, bool) and not 0 < value < 1:
             raise ConfigError(f"`{self.way}` (={value}) must be a share, above 0 and below 1.")
+        if self.latency is not None and self.gate != "none":
+            raise ConfigError(
+                f"`gate` (={self.gate}) would keep layers after the time for `latency` (={self.latency}) was measured "
+                "without them; drop one of the two."
+            )
         if not 0 < self.weaken <= 1:
             raise ConfigError(f"`weaken` (={self.weaken}) must be above 0, which cuts nothing, and at most 1.")
         if not self.vbmf and (self.weaken != 1 or self.min_rank != 1):
@@ -249,8 +254,10 @@ class Factorize(Substitution):
         for name, each in ranks.items():
             if each is not None:
                 old = thin.get_submodule(name)
-                new = empty(as_convolution(old), self.method, each)
-                thin = put(thin, old, (new if isinstance(old, nn.Conv2d) else as_linear(new)).eval())
+                with torch.random.fork_rng(devices=[]):
+                    new = empty(as_convolution(old), self.method, each)
+                layer = new if isinstance(old, nn.Conv2d) else as_linear(new)
+                thin = put(thin, old, layer.to(next(old.parameters())).eval())
         return thin
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from compress.errors import ConfigError
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
 from compress.stage import Edit, Site
-from compress.surgery import describe, is_ours, kind, leaves, matching, require_change
+from compress.surgery import describe, layers_and_ours, matching, require_change
 from compress.task import Task, Work
 
 
@@ -35,11 +35,12 @@ class FreezeRanges:
     exclude: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "correct"
-    after: ClassVar[str] = "quantize"
+    needs: ClassVar[tuple[str, ...]] = ("Quantize", "MixedPrecision")
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
+    ours: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
-        found = {name: layer for name, layer in leaves(model) if kind(layer) in self.kinds or is_ours(layer)}
+        found = layers_and_ours(model, self.kinds)
         kept = matching(list(found), self.include, self.exclude)
         ranges = [module for module in model.modules() if isinstance(module, FakeQuantize)]
         grids = {

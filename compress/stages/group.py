@@ -34,6 +34,7 @@ from compress.nn.grouped import GroupedConv2d
 from compress.reconstruct import Normal, relative_error, solve
 from compress.stage import Edit, Keep
 from compress.substitute import Old, Substitution, check_settings, substitute
+from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
 SHUFFLES = ("data", "fixed")
@@ -50,6 +51,10 @@ class Group(Substitution):
         check_settings(self, groups=1)
         if self.shuffle not in SHUFFLES:
             raise ConfigError(f"`shuffle` (={self.shuffle!r}) must be one of {', '.join(SHUFFLES)}.")
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `ConfigError` for patterns that match nothing."""
+        left_out(model, layers(model, self.kinds), self.include, self.exclude)
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)

@@ -36,6 +36,7 @@ from compress.nn.inverted import InvertedConv2d
 from compress.reconstruct import Normal, fit_convolution, normal_equations, seen_by, solve
 from compress.stage import Edit, Keep
 from compress.substitute import Old, Substitution, check_settings, substitute
+from compress.surgery import layers, left_out
 from compress.task import Task, Work
 
 
@@ -48,6 +49,10 @@ class Invert(Substitution):
 
     def __post_init__(self) -> None:
         check_settings(self, expansion=1)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `ConfigError` for patterns that match nothing."""
+        left_out(model, layers(model, self.kinds), self.include, self.exclude)
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)

@@ -66,6 +66,7 @@ class MixedPrecision:
 
     kind: ClassVar[str] = "quantize"
     kinds: ClassVar[tuple[type[nn.Module], ...]] = KINDS
+    ours: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         budgets = {name: getattr(self, name) for name in ("like_bits", "budget_bytes", "changed")}

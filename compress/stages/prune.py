@@ -47,7 +47,7 @@ from compress.quantization import is_quantized
 from compress.reconstruct import Pairs, execution_order, plain_images
 from compress.refit import refit, why_not
 from compress.stage import Edit, Site
-from compress.surgery import by_pattern, describe, is_ours, kind, leaves, matching, require_change, tied, weighted
+from compress.surgery import by_pattern, describe, layers_and_ours, matching, require_change, tied, weighted
 from compress.task import Task, Work
 
 SCOPES = ("global", "layer")
@@ -75,6 +75,7 @@ class Prune:
 
     kind: ClassVar[str] = "prune"
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
+    ours: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, known in {"scope": SCOPES, "by": SCORES, "schedule": SCHEDULES}.items():
@@ -145,7 +146,9 @@ class Prune:
                 said = ", ".join(f"{name} has {weight(layer).shape[1]}" for name, layer in uneven.items())
                 rule = f"`pattern` (={self.pattern}) needs multiples of {m} input channels (in a group), and "
                 if len(uneven) == len(taken):
-                    raise ConfigError(f"{rule}no layer has that: {said}; take another pattern, such as 2:4.")
+                    widths = math.gcd(*(weight(layer).shape[1] for layer in uneven.values()))
+                    other = next((f"`pattern: {k // 2}:{k}`" for k in (4, 2) if widths % k == 0), "an `amount`")
+                    raise ConfigError(f"{rule}no layer has that: {said}; take {other} instead.")
                 raise ConfigError(f"{rule}{said}; put {'it' if len(uneven) == 1 else 'them'} into `exclude`.")
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
@@ -198,7 +201,7 @@ class Prune:
         return self.schedule == "one_shot" and self.refit is not False
 
     def _found(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        return {name: layer for name, layer in leaves(model) if kind(layer) in self.kinds or is_ours(layer)}
+        return layers_and_ours(model, self.kinds)
 
     def _why_kept(self, layer: nn.Module, shared: Collection[int]) -> str:
         inner = weighted(layer)

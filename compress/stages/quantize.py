@@ -42,7 +42,7 @@ from compress.errors import ConfigError
 from compress.nn.quantized import GRIDS, MOST_BITS
 from compress.quantization import GRANULARITIES, KINDS, WEIGHT_RANGES, Plan, WeightGrid, quantize
 from compress.stage import Edit
-from compress.surgery import by_pattern, layers
+from compress.surgery import by_pattern, layers_and_ours
 from compress.task import Task, Work
 
 
@@ -70,6 +70,7 @@ class Quantize:
 
     kind: ClassVar[str] = "quantize"
     kinds: ClassVar[tuple[type[nn.Module], ...]] = KINDS
+    ours: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._ranges()  # checks its own settings
@@ -99,7 +100,9 @@ class Quantize:
 
     def check(self, model: nn.Module) -> None:
         """Raise `ConfigError` for patterns that match no layer of the model."""
-        by_pattern("layers", self.layers, list(layers(model, self.kinds)))
+        names = list(layers_and_ours(model, self.kinds))
+        by_pattern("layers", self.layers, names)
+        by_pattern("inputs", self.inputs, names)
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         weights = WeightGrid(
