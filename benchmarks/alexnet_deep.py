@@ -11,10 +11,9 @@ import json
 import sys
 from typing import Any
 
-from alexnet_fire import BASE, SMALL
-from common import RESULTS, ROOT, compress, data_root, figures, record
+from alexnet_fire import FOLDER, SMALL, TAUGHT
+from common import RESULTS, compress, data_root, figures, record
 
-FOLDER = ROOT / "outputs" / "benchmarks" / "alexnet_fire"
 DEEP = ("recipe=deep_compression", "stages.prune.amount=0.975", "stages.recover.epochs=6", "stages.polish.epochs=3")
 PRUNE = "+stages.prune={_target_:compress.stages.Prune,amount:0.6,schedule:cubic,epochs:3}"
 THIN = "+stages.thin={_target_:compress.stages.FineTune,epochs:5,lr:0.02,distill:0.5}"
@@ -35,7 +34,7 @@ def main() -> None:
     for name in sys.argv[1:] or [name for name in ROWS if name not in known]:
         if name not in ROWS:
             sys.exit(f"{name} is not one of {', '.join(ROWS)}")
-        settings = (*ROWS[name], *BASE, "model=alexnet", "data=cifar10", f"data.root={data_root()}", "measure=none")
+        settings = (*ROWS[name], *TAUGHT, "model=alexnet", "data=cifar10", f"data.root={data_root()}", "measure=none")
         report, seconds = compress(FOLDER, *settings, out=name)
         row = {"name": name, "settings": [*ROWS[name]], "wall_seconds": round(seconds), **figures(report)}
         rows = [*(each for each in rows if each["name"] != name), row]

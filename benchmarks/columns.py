@@ -162,8 +162,8 @@ def alexnet_fire(contents: list[Row]) -> str:
         "file": files,
     }
     caption = (
-        "AlexNet for CIFAR, trained here from nothing, to Fire modules and a pooled head. CIFAR-10 test. "
-        f"{machine(content)}. `python benchmarks/alexnet_fire.py`"
+        "AlexNet for CIFAR, trained here on labels and a ResNet-56's answers, to Fire modules and a pooled head. "
+        f"CIFAR-10 test. {machine(content)}. `python benchmarks/alexnet_fire.py`"
     )
     return table(columns, content["rows"], caption)
 

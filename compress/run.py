@@ -210,7 +210,7 @@ def _carry_out(
         measures = getattr(stage, "gate", "none") == "latency" or getattr(stage, "latency", None)
         timing = place.target if measures else None  # then the target decides too
         lineage = f"{lineage}/{name}"
-        key = store.key(done.key, [what, store.code_of(type(stage)), timing, lineage], task)
+        key = store.key(done.key, [what, store.files_of(stage), store.code_of(type(stage)), timing, lineage], task)
         done = place.outcome(lineage, stage, done.edit.model, task, key)
         hits.append({"stage": name, "key": done.key, "hit": done.hit})
         rows.append(row(name, what, done, answers(done.edit.model, task, place.display, name), first, task))
@@ -280,7 +280,7 @@ def _base(
     if weights is not None:
         load_weights(model, Path(weights))
     elif train is not None:
-        key = store.key(store.key("", what, task), store.described(train), task)
+        key = store.key(store.key("", what, task), [store.described(train), store.files_of(train)], task)
         return place.outcome("base", train, model, task, key), False
     key = store.key(store.state_digest(model), what, task)
     done = replace(plain(model.eval(), time.perf_counter() - started), key=key).on(task.device)

@@ -85,6 +85,12 @@ def described(stage: Stage) -> dict[str, Any]:
     return {"stage": f"{type(stage).__module__}.{type(stage).__qualname__}", **settings}
 
 
+def files_of(stage: Stage) -> dict[str, str]:
+    """Digests of the files that settings of the stage name, by setting."""
+    paths = {name: getattr(stage, name) for name in getattr(stage, "files", ())}
+    return {name: file_digest(Path(path)) for name, path in paths.items() if path}
+
+
 def code_of(thing: Any) -> str | None:
     """A digest of the file that defines a class or function, so that changed code never finds old outcomes."""
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 SCHEDULES = ("cosine", "step")
 
@@ -26,6 +28,9 @@ class Training:
     average: float = 0.0
     keep: str = "last"
     batch_norm: str = "train"
+    teacher: str = ""
+
+    files: ClassVar[tuple[str, ...]] = ("teacher",)  # settings that name files, whose content counts
 
 
 def training_problems(settings: Training) -> list[str]:
@@ -58,4 +63,8 @@ def training_problems(settings: Training) -> list[str]:
     for name, known in choices.items():
         if getattr(settings, name) not in known:
             problems.append(f"`{name}` (={getattr(settings, name)}) must be one of {', '.join(known)}.")
+    if settings.teacher and not settings.distill:
+        problems.append(f"`teacher` (={settings.teacher}) has no say with `distill: 0`; raise it, or drop `teacher`.")
+    if settings.teacher and not Path(settings.teacher).is_file():
+        problems.append(f"`teacher` (={settings.teacher}) must be a checkpoint, and there is no such file.")
     return problems

@@ -15,9 +15,13 @@ from awkward import noise_task
 from safetensors import safe_open
 from torch import nn
 
+import compress
+from compress import checkpoint
 from compress.errors import ConfigError, TrainingError
+from compress.models import small
 from compress.nn.shift import ShiftConv2d
 from compress.stages import FineTune
+from compress.store import files_of
 from compress.task import Task, Work
 from compress.train import divergence, fit, logits
 
@@ -164,6 +168,39 @@ def test_distillation_alone_follows_the_teacher(tmp_path: Path) -> None:
     assert divergence(wanted, wanted) == pytest.approx(0, abs=1e-7)
 
 
+def saved(path: Path, seed: int, mean: float = 0.0, classes: int = 3) -> str:
+    """A checkpoint of a network whose images are prepared as those of `noise_task`, but for `mean`."""
+    build = ("compress.models.small", {"classes": classes, "channels": 8})
+    torch.manual_seed(seed)
+    net = small(classes=classes, channels=8).eval()
+    input = {**noise_task().input, "mean": [mean] * 8}
+    checkpoint.save(net, path, build=build, input=input, provenance={}, results={}, form="training")
+    return str(path)
+
+
+def test_a_teacher_from_a_file_is_followed_instead_of_the_base(tmp_path: Path) -> None:
+    task = replace(noise_task(), teacher=model(seed=5).eval())
+    file = saved(tmp_path / "teacher.safetensors", seed=7)
+    wanted, _ = logits(compress.load(file), task.test, task.device)
+    before = divergence(logits(model(), task.test, task.device)[0], wanted)
+    trained, _ = fit(model(), task, Work(tmp_path), FineTune(epochs=20, lr=0.02, distill=1.0, teacher=file))
+    assert divergence(logits(trained, task.test, task.device)[0], wanted) < 0.3 * before
+    digests = [files_of(FineTune(epochs=1, distill=1.0, teacher=file))]
+    saved(tmp_path / "teacher.safetensors", seed=8)
+    digests.append(files_of(FineTune(epochs=1, distill=1.0, teacher=file)))
+    assert digests[0] != digests[1] and not files_of(FineTune())
+
+
+def test_a_teacher_that_does_not_fit(tmp_path: Path) -> None:
+    for name, more, message in (
+        ("darker", {"mean": 0.5}, "must take its images as this network does; it takes"),
+        ("wider", {"classes": 5}, "must tell 3 classes apart, as the data does; it has 5"),
+    ):
+        file = saved(tmp_path / f"{name}.safetensors", 0, **more)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=message):
+            fit(model(), noise_task(), Work(tmp_path), FineTune(epochs=1, distill=1.0, teacher=file))
+
+
 def test_logits_are_in_float32_and_leave_the_mode_alone() -> None:
     task: Task = noise_task()
     net = model().train()
@@ -177,6 +214,11 @@ def test_logits_are_in_float32_and_leave_the_mode_alone() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"teacher": "no.safetensors", "distill": 1.0},
+            r"`teacher` \(=no.safetensors\) must be a checkpoint, and there",
+        ),
+        ({"teacher": __file__}, r"has no say with `distill: 0`; raise it, or drop `teacher`"),
         ({"epochs": 0}, r"`epochs` \(=0\) must be at least 1; to train nothing, leave the stage out"),
         ({"lr": 0.0}, r"`lr` \(=0.0\) must be above 0"),
         ({"lr": math.inf}, r"`lr` \(=inf\) must be above 0"),
