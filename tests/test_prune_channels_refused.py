@@ -15,8 +15,10 @@ from thin_nets import net
 from torch import Tensor, nn
 
 import compress.time_budget
+from compress.channels.unread import without_unread
 from compress.errors import ConfigError
 from compress.measure import profile
+from compress.nn.shift import ShiftConv2d
 from compress.stage import ORDER
 from compress.stages import Cluster, PruneChannels
 from compress.task import Work
@@ -108,6 +110,55 @@ def test_layers_that_stay_say_why(tmp_path: Path) -> None:
     assert sites["2"].after == f"Conv2d(8, {model[2].out_channels}, 3x3)"
     with pytest.raises(ConfigError, match=r"the stage would change nothing.*the network's answers"):
         thin(nn.Sequential(nn.Flatten(), nn.Linear(128, 3)), tmp_path)
+
+
+class Beside(nn.Module):
+    """The image meets what a convolution makes of it: added, as such or through a depthwise layer, or side by side."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.depthwise = how, nn.Conv2d(2, 2, 3, padding=1, groups=2)
+        self.conv = nn.Conv2d(2, 6 if how == "cat" else 2, 3, padding=1)
+        self.last, self.linear = nn.Conv2d(8 if how == "cat" else 2, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "cat":
+            x = torch.cat((x, self.conv(x)), 1)
+        else:
+            x = (x if self.how == "add" else self.depthwise(x)) + self.conv(x)
+        out: Tensor = self.linear(F.relu(self.last(x)).mean((2, 3)))
+        return out
+
+
+def test_the_images_own_channels_stay(tmp_path: Path) -> None:
+    answers = (nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+    first = nn.Sequential(nn.Conv2d(2, 2, 3, groups=2), nn.ReLU(inplace=True), nn.Conv2d(2, 8, 1), *answers)
+    for model, names in ((first, "0"), (Beside("add"), "conv"), (Beside("depthwise"), "conv depthwise")):
+        edit = thin(model, tmp_path, by="l1", allocation="uniform")
+        for name in names.split():
+            assert {site.name: site.why for site in edit.sites}[name] == "its channels are the network's input"
+        assert profile(edit.model, TASK.example).macs < profile(Beside("add"), TASK.example).macs
+        assert edit.model(TASK.example).shape == (2, 3)
+
+
+def test_beside_the_image_the_right_channels_go(tmp_path: Path) -> None:
+    model = Beside("cat")
+    with torch.no_grad():
+        model.conv.weight[4:], model.conv.bias[4:] = 0, 0  # type: ignore[index]  # it has one
+    wanted = model(TASK.example).detach()
+    edit = thin(model, tmp_path, macs=0.9, by="l1", allocation="uniform", refit=False, include=["conv"])
+    assert edit.model.conv.out_channels in (4, 5)
+    torch.testing.assert_close(edit.model(TASK.example), wanted)
+
+
+def test_channels_of_the_image_that_nothing_reads_stay() -> None:
+    shift = ShiftConv2d(2, 8, 3, 2)
+    with torch.no_grad():
+        shift.pointwise.weight[:, : shift.pointwise.in_channels // 2] = 0  # the copies of the first channel
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, groups=2), shift, nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)).eval()
+    thin, widths, kept = without_unread(model, ["1"], {}, TASK.example)
+    assert thin is model and not widths
+    assert kept == {"1": "1 of 2 input channels that it does not read stay: its channels are the network's input"}
 
 
 def test_other_ways_to_compute_weights_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compress.channels.groups import MAKERS, removable
 from compress.channels.lasso import ChannelLasso
-from compress.errors import ConfigError
+from compress.errors import ConfigError, TrainingError
 from compress.nn.masked import mask_of
 from compress.nn.shift import ShiftConv2d
 from compress.stage import ORDER, Edit
@@ -58,7 +58,7 @@ def sparsify(model: nn.Module, folder: Path, **settings: Any) -> Edit:
 def lasso(model: nn.Module, l1: float) -> ChannelLasso:
     found = layers(model, MAKERS)
     groups, _ = removable(model.eval(), found, dict.fromkeys(found, ""), TASK.example)
-    return ChannelLasso(model, groups, l1)
+    return ChannelLasso(model, [group for group in groups if not group.undone], l1)
 
 
 def length(*parts: Tensor) -> float:
@@ -107,8 +107,20 @@ def test_without_batch_norm_the_weights_that_make_a_unit_count(name: str) -> Non
     elif name == "flat":
         wanted = float(model[1].weight.detach().abs().sum()) + sum(length(row) for row in model[6].weight)
     else:
-        wanted = sum(length(row) for layer in (model[0].pointwise, model[2]) for row in layer.weight)
+        wanted = sum(length(row) for row in model[0].pointwise.weight)  # the scaleless norm makes good for model[2]
     assert float(lasso(model, 2.0).penalty().detach()) == pytest.approx(2 * wanted, rel=1e-5)
+
+
+def test_the_images_own_channels_do_not_shrink(tmp_path: Path) -> None:
+    first = (nn.Conv2d(2, 2, 3, groups=2), nn.ReLU(), nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Flatten())
+    sites = {s.name: s for s in sparsify(nn.Sequential(*first, nn.Linear(288, 3)), tmp_path).sites}
+    assert sites["0"].why == "its channels are the network's input" and sites["2"].after is not None
+
+
+def test_what_went_wrong_is_named_as_in_the_model(tmp_path: Path) -> None:
+    task = noise_task((2, 8, 8), images=8)  # one step
+    with pytest.raises(TrainingError, match=r"^`conv1.weight` is no longer finite after epoch 1, step 1"):
+        SparsifyChannels(epochs=1, lr=1e45, warmup_epochs=0.0)(net("residual"), task, Work(tmp_path, lineage="k"))
 
 
 def test_scales_fall_at_the_pace_that_the_card_says(tmp_path: Path) -> None:
@@ -237,6 +249,8 @@ def test_a_pull_that_is_none(l1: float) -> None:
 
 def test_training_is_set_as_for_fine_tune() -> None:
     own = asdict(SparsifyChannels())
+    falls = own["l1"] * own["lr"] * 390 * own["epochs"] / (2 * (1 - own["momentum"]))
+    assert falls == pytest.approx(1, rel=0.05)  # as the card says; scales are about 1
     assert list(own)[-3:] == ["l1", "include", "exclude"]
     assert list(own.items())[:-3] == list(asdict(FineTune()).items())
     with pytest.raises(ConfigError, match=r"`lr` \(=0.0\) must be above 0.\n`l1` \(=0.0\) must be"):

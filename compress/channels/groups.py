@@ -31,6 +31,7 @@ _SAYABLE = {
     "SeparableConv2d": {"pointwise": "o"},
     "GroupedConv2d": {"grouped": "o"},
 }
+_INPUT = "its channels are the network's input"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class ChannelGroup:
     """Channels that stay or go together, in `units` (over groups of a grouped convolution, one channel of each).
 
     Named after the first layer that makes them. `why` is the reason that none of them can go, "" where they can.
+    `bare` are the makers whose channels somebody reads without the scales of a batch norm in between. `undone` is a
+    batch norm without scales through which somebody reads channels: it makes good for smaller weights; "" for none.
     """
 
     name: str
@@ -59,6 +62,8 @@ class ChannelGroup:
     width: int
     members: tuple[Member, ...]
     why: str = ""
+    bare: tuple[str, ...] = ()
+    undone: str = ""
 
     def of(self, *sides: str) -> tuple[Member, ...]:
         return tuple(member for member in self.members if member.side in sides)
@@ -98,11 +103,12 @@ def find_groups(model: nn.Module, example: Tensor, calls: Mapping[str, int]) -> 
     """
     names = {name: module for name, module in model.named_modules()}
     standing, place = _stand_in(model)
-    graph, library = _graph(standing, example)
+    image = nn.Parameter(example)  # a parameter that belongs to no layer: so the graph tells who reads it
+    graph, library = _graph(standing, image)
     groups = []
     try:
         for group in graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)):
-            groups.append(_read(group, graph, library, place, names, calls))
+            groups.append(_read(group, graph, library, image, place, names, calls))
     except Exception as error:  # the library follows foreign code
         raise ConfigError(_unfollowed(model, f"{type(error).__name__}: {error}")) from error
     order = {name: at for at, name in enumerate(names)}
@@ -142,12 +148,15 @@ def _dense(layer: nn.Module) -> nn.Conv2d:
     ).to(layer.pointwise.weight.device)
 
 
-def _graph(model: nn.Module, example: Tensor) -> tuple[Any, Any]:
+def _graph(model: nn.Module, image: nn.Parameter) -> tuple[Any, Any]:
     import torch_pruning
 
+    graph = torch_pruning.DependencyGraph()
     try:
         with torch.enable_grad():
-            return torch_pruning.DependencyGraph().build_dependency(model, example, verbose=False), torch_pruning
+            given = (image.clone(),)  # a network may change it in place, which no parameter allows
+            graph.build_dependency(model, given, unwrapped_parameters=[(image, 1)], verbose=False)
+            return graph, torch_pruning
     except Exception as error:  # the library runs and follows foreign code
         raise ConfigError(_unfollowed(model, f"{type(error).__name__}: {str(error).splitlines()[:1]}")) from error
 
@@ -163,6 +172,7 @@ def _read(
     group: Any,
     graph: Any,
     library: Any,
+    image: nn.Parameter,
     place: Mapping[int, str],
     names: Mapping[str, nn.Module],
     calls: Mapping[str, int],
@@ -172,6 +182,8 @@ def _read(
     members: list[Member] = []
     reasons: list[str] = []
     sizes: set[int] = set()
+    bare: list[str] = []
+    undone = ""
     kinds = library.ops.OPTYPE
     through = (kinds.CONCAT, kinds.SPLIT, kinds.ELEMENTWISE, kinds.RESHAPE, kinds.SLICE, kinds.EXPAND, kinds.UNBIND)
     for item in group:
@@ -179,7 +191,7 @@ def _read(
         if node.type == kinds.OUTPUT:
             reasons.append("its channels are the network's answers")
         elif node.type == kinds.PARAMETER:
-            reasons.append("its channels meet a parameter that belongs to no layer")
+            reasons.append(_INPUT if module is image else "its channels meet a parameter that belongs to no layer")
         elif node.type in through:
             continue
         else:
@@ -189,6 +201,12 @@ def _read(
             reasons.append(why or _why_bound(name, module, member.side, names, calls))
             members.append(member)
             sizes |= {per_group} if per_group else set()
+            if member.side == "out":
+                unscaled, norm = _ways_out(node, kinds)
+                bare += [name] if unscaled else []
+                undone = undone or place.get(id(norm), "")
+    if not any(member.side == "out" for member in members):
+        reasons.append(_INPUT)
     if not any(member.side == "in" for member in members):
         reasons.append("its channels are the network's answers")
     # Of a grouped convolution as many channels have to go in every group: the same ones.
@@ -198,7 +216,24 @@ def _read(
     elif units == 1 and width > 1:
         reasons.append("a grouped convolution with a single channel in each group reads it")
     members = [replace(member, units=member.units % units) for member in members]
-    return ChannelGroup(root, units, width, tuple(members), next((why for why in reasons if why), ""))
+    why = next((why for why in reasons if why), "")
+    return ChannelGroup(root, units, width, tuple(members), why, tuple(bare), undone)
+
+
+def _ways_out(maker: Any, kinds: Any) -> tuple[bool, nn.Module | None]:
+    """Whether somebody reads what a layer makes without a batch norm's scales; and a norm without scales on a way."""
+    bare, undone = False, None
+    ways, seen = [(node, None) for node in maker.outputs], set()
+    while ways:
+        node, norm = ways.pop()
+        if (node, norm) in seen or (node.type == kinds.BN and node.module.affine):
+            continue
+        seen.add((node, norm))
+        if node.type in (kinds.CONV, kinds.LINEAR):
+            bare, undone = bare or norm is None, undone or norm
+        else:
+            ways += [(after, node.module if node.type == kinds.BN else norm) for after in node.outputs]
+    return bare, undone
 
 
 def _member(
