@@ -77,12 +77,17 @@ class Sweep:
         return self.weights[:features].square().sum(1) / -self.matrix.diagonal()[:features]
 
     def rises_by_moving(self, copies: Tensor, targets: Tensor) -> Tensor:
-        """The same for `copies` (channels, so many) that are replaced by the feature `targets` (channels,), outside."""
-        left, own = self.matrix[targets, targets].unsqueeze(1), self.matrix.diagonal()[copies]
-        across, bring = self.matrix[copies, targets.unsqueeze(1)], self.weights[targets].unsqueeze(1)
-        weights = self.weights[copies] - across.unsqueeze(2) * bring / left.unsqueeze(2)
-        rise: Tensor = weights.square().sum(2) / (across.square() / left - own) - bring.square().sum(2) / left
-        return rise
+        """The same for `copies` (channels, so many) that are replaced by the feature `targets` (channels,), outside.
+
+        Infinite where the others explain that feature, so that it brings nothing.
+        """
+        own, across = self.matrix.diagonal()[copies], self.matrix[copies, targets.unsqueeze(1)]
+        weights = self.weights[copies]
+        # What the target has that is not explained, and what it brings, once the copy is gone.
+        left = self.matrix[targets, targets].unsqueeze(1) - across.square() / own
+        bring = self.weights[targets].unsqueeze(1) - (across / own).unsqueeze(2) * weights
+        rise = weights.square().sum(2) / -own - bring.square().sum(2) / left
+        return torch.where(left > 0, rise, math.inf)
 
 
 class Copies:
@@ -140,10 +145,10 @@ class Copies:
         found, spent = [self._nearest(group) for group in range(self.groups)], 0.0
         while True:
             rise, feature, target, group = min(found)
-            if spent + rise > limit:
+            if not spent + rise <= limit:  # NaN stops it too
                 return
             alive = self._by_group(self.alive)[group]
-            for each in (target, feature):
+            for each in (feature, target):
                 self.sweeps[group].pivot(each)
                 alive[each] = ~alive[each]
             spent, self.error, self.moved = spent + rise, self.error + rise, self.moved + 1

@@ -37,7 +37,7 @@ def logits(model: nn.Module, batches: Batches, device: torch.device) -> tuple[Te
     was_training = model.training
     model.eval()
     outputs, labels = [], []
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for x, y in batches:
             outputs.append(model(_laid_out(x.to(device))).float().cpu())
             labels.append(y.cpu())

@@ -16,13 +16,14 @@ from torch import nn
 
 import compress
 from compress import checkpoint
+from compress.errors import ConfigError
 from compress.lower import export_onnx
 from compress.lower.fold import fold_batch_norm
 from compress.models import small
-from compress.nn.masked import MaskedWeight
+from compress.nn.masked import MaskedWeight, mask_of
 from compress.nn.quantized import FakeQuantizeWeight
 from compress.nn.shift import ShiftConv2d
-from compress.stages import AdaRound, Cluster, FineTune, MixedPrecision
+from compress.stages import AdaRound, Cluster, FineTune, MixedPrecision, Prune, PruneChannels, PruneShifts
 from compress.task import Work
 
 INPUT = {"order": "rgb", "size": [16, 16], "mean": [0.0, 0.0, 0.0]}
@@ -122,3 +123,41 @@ def test_batch_norm_folds_into_masked_weights() -> None:
     assert fold_batch_norm(model) == [("2", "3")]
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(now, gone[name]) for name, now in zeros(model).items())
+
+
+def scheduled() -> nn.Module:
+    """A schedule of two epochs, six steps, in all layers but the shift layer."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 1), nn.ReLU(), ShiftConv2d(8, 8, 3, 2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10)).eval()
+    stage = Prune(amount=0.5, schedule="cubic", epochs=2, scope="layer", exclude=["2"])
+    return stage(model, task(), Work(Path())).model
+
+
+def trained(model: nn.Module, epochs: int, folder: Path) -> nn.Module:
+    folder.mkdir()
+    return FineTune(epochs=epochs, lr=0.01)(model, task(), Work(folder)).model
+
+
+@pytest.mark.parametrize("stage", [PruneChannels(macs=0.8, images=16), PruneShifts(amount=0.3, images=16)])
+def test_a_running_schedule_does_not_end_where_channels_go(stage: PruneChannels | PruneShifts, tmp_path: Path) -> None:
+    model = scheduled()
+    message = r"the schedule of `Prune` in 0 has made {} of its 6 steps, .*; put a `FineTune` before that, at least as "
+    with pytest.raises(ConfigError, match=message.format(0)):
+        stage(copy.deepcopy(model), task(), Work(tmp_path))
+    model = trained(model, 1, tmp_path / "half")
+    with pytest.raises(ConfigError, match=message.format(3)):
+        stage(copy.deepcopy(model), task(), Work(tmp_path))
+    model = trained(model, 1, tmp_path / "whole")
+    assert [int(zeros(model)[name].sum()) for name in ("0", "6")] == [12, 40]
+    model = stage(model, task(), Work(tmp_path)).model
+    gone = zeros(model)
+    assert all(mask_of(model.get_submodule(name)) and bool(gone[name].any()) for name in ("0", "6"))
+    later = zeros(trained(model, 1, tmp_path / "later"))
+    assert all(torch.equal(later[name], gone[name]) for name in ("0", "6"))
+
+
+def test_a_schedule_goes_on_where_only_copies_go(tmp_path: Path) -> None:
+    model = PruneShifts(amount=0.3, images=16, channels=False)(scheduled(), task(), Work(tmp_path)).model
+    model = trained(model, 2, tmp_path / "whole")
+    assert [int(zeros(model)[name].sum()) for name in ("0", "6")] == [12, 40]

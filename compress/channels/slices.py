@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,27 +30,36 @@ def remove(model: nn.Module, groups: Iterable[ChannelGroup], removed: Removed) -
             _say_widths(model, name)
 
 
-@torch.no_grad()
 def remove_unread(model: nn.Module, groups: Iterable[ChannelGroup], removed: Removed, example: Tensor) -> None:
     """Take channels out that nothing reads, as what reads them is zero already, and see that this changes nothing.
 
     Raises:
         ConfigError: the network does not run with other widths, or answers otherwise.
     """
-    before = model(example)
-    remove(model, groups, removed)
-    try:
-        apart = float((model(example) - before).abs().max())
-    except RuntimeError as error:
-        raise ConfigError(
-            f"without the channels that were removed the network does not run ({error}): its forward pass counts on a "
-            "fixed width; put the layers before that place into `exclude`."
-        ) from error
-    if apart > CLOSE * max(1.0, float(before.abs().max())):
-        raise ConfigError(
-            f"cutting the channels out changed the answers by {apart:.3g}: some of them are read in a way that the "
-            "dependency graph does not see; put the layers before that place into `exclude`."
-        )
+    why = why_not_without(model, groups, removed, example)
+    if why:
+        raise ConfigError(f"{why}; put the layers before that place into `exclude`.")
+
+
+@torch.no_grad()
+def why_not_without(model: nn.Module, groups: Iterable[ChannelGroup], removed: Removed, example: Tensor) -> str:
+    """Take channels out that nothing reads; gives back why the network is not the same without, "" where it is."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        before = model(example)
+        remove(model, groups, removed)
+        try:
+            apart = float((model(example) - before).abs().max())
+        except Exception as error:  # the forward pass is foreign code
+            return (
+                f"without the channels that were removed the network does not run ({error}): its forward pass counts "
+                "on a fixed width"
+            )
+    if apart <= CLOSE * max(1.0, float(before.abs().max())):
+        return ""
+    return (
+        f"cutting the channels out changed the answers by {apart:.3g}: some of them are read in a way that the "
+        "dependency graph does not see"
+    )
 
 
 def _leaving(groups: Iterable[ChannelGroup], removed: Removed) -> dict[tuple[str, str], Tensor]:
@@ -159,24 +168,43 @@ def _say_widths(model: nn.Module, name: str) -> None:
         return
 
 
-def bake_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Make plain weights of masked ones; gives back the masks by layer.
+def require_ended(model: nn.Module) -> None:
+    """Raise `ConfigError` where a schedule of `Prune` is still running: taking channels out would end it."""
+    for name, module in model.named_modules():
+        masked = mask_of(module)
+        if masked is not None and masked.steps and int(masked.updated) < masked.steps:
+            raise ConfigError(
+                f"the schedule of `Prune` in {name} has made {int(masked.step)} of its {masked.steps} steps, and would "
+                "end where channels are taken out; put a `FineTune` before that, at least as long as the schedule's "
+                "`epochs` and with `keep: last`."
+            )
+
+
+def why_not_bare(model: nn.Module, name: str) -> str:
+    """Why a module's weights cannot be made plain ones by `bake_masks`; "" where they can."""
+    module = model.get_submodule(name)
+    chains: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
+    if not chains or (mask_of(module) is not None and set(chains) == {"weight"} and len(chains.weight) == 1):
+        return ""
+    return f"{name} has weights that are computed from others"
+
+
+def bake_masks(model: nn.Module, only: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Make plain weights of masked ones, everywhere or in `only` these modules; gives back the masks by module.
 
     Raises:
-        ConfigError: a weight is computed by anything else.
+        ConfigError: a weight is computed by anything else, or a schedule is still running.
     """
+    require_ended(model)
     masks: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if not parametrize.is_parametrized(module):
+        if not parametrize.is_parametrized(module) or (only is not None and name not in only):
             continue
-        masked = mask_of(module)
-        chains: Any = module.parametrizations
-        if masked is None or set(chains) != {"weight"} or len(chains.weight) != 1:
-            raise ConfigError(
-                f"{name} has weights that are computed from others; channels have to be taken out before the stage "
-                "that made them so."
-            )
-        weight: Any = module.weight
+        why = why_not_bare(model, name)
+        if why:
+            raise ConfigError(f"{why}; channels have to be taken out before the stage that made them so.")
+        masked, weight = mask_of(module), module.weight
+        assert masked is not None and isinstance(weight, Tensor)
         masks[name] = weight != 0 if masked.steps else masked.mask.clone()
     for name in masks:
         bake(model.get_submodule(name))

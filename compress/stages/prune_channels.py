@@ -7,10 +7,10 @@ ones, by what the layer that reads them loses although its other weights are sol
 forward pass, the weights that are left are fitted by least squares to what the original network gave, to the whole sum
 where a residual connection ends.
 
-When to use it, and when not. Before everything that treats single weights, and whenever time counts: it is the one
-structure that is faster everywhere. Short fine-tuning afterwards gives most of the rest back. Narrow networks lose
-more than wide ones; where padded shortcuts tie all channels of the residual stream together, only those inside the
-blocks can go. Networks whose forward pass cannot be traced are refused.
+When to use it, and when not. Before everything that treats single weights (a schedule of `Prune` has to have ended
+first), and whenever time counts: it is the one structure that is faster everywhere. Short fine-tuning afterwards gives
+most of the rest back. Narrow networks lose more than wide ones; where padded shortcuts tie all channels of the residual
+stream together, only those inside the blocks can go. Networks whose forward pass cannot be traced are refused.
 
 Knobs. One amount, the share of the whole network to come down to: `macs`, `params`, `bytes` (in memory), or `latency`
 in the target runtime, for one image: MACs are lowered by tenths until the measured time is reached. `by`: which

@@ -2,16 +2,17 @@
 
 What it does. In every `ShiftConv2d` the copies of input channels are weighed on real activations: what its output loses
 without one although the weights of the others are solved anew. The cheapest go, one after the other. Of what is left,
-displacements become zero where reading the channel in place serves as well. A layer then has as many taps as the
-channel with the most copies; what other channels have beyond theirs is masked, and stays zero in training and in the
-file. What is left is solved anew against what the network gave before, layer after layer. In `Shift2d` displacements
-become zero where the map hardly changes. At last, channels that nothing reads are taken out of the layers that make
-them. Learned displacements are rounded and stop learning.
+displacements become zero, with `zero`, where reading the channel in place serves as well. A layer then has as many taps
+as the channel with the most copies; what other channels have beyond theirs is masked, and stays zero in training and in
+the file. What is left is solved anew against what the network gave before, layer after layer. In `Shift2d`
+displacements become zero where the map hardly changes. At last, channels that nothing reads are taken out of the layers
+that make them. Learned displacements are rounded and stop learning.
 
 When to use it, and when not. After training with `l1`, which pulls displacements to zero, or straight behind `Shift`;
-before `Prune`, `Cluster` and `Quantize`. It saves bytes, and multiply-adds where all channels of a layer lose copies.
-Where one copy is left everywhere, layers run as a depthwise and a pointwise convolution, and where nothing moves as the
-pointwise one alone. Layers that interpolate are kept: `ConvertShift`, or `quantize: true` in `Shift`, comes first.
+before `Prune`, `Cluster` and `Quantize`; behind `Prune` only once its schedule has ended. It saves bytes, and
+multiply-adds where all channels of a layer lose copies. Where one copy is left everywhere, layers run as a depthwise
+and a pointwise convolution, and where nothing moves as the pointwise one alone. Layers that interpolate are kept:
+`ConvertShift`, or `quantize: true` in `Shift`, comes first.
 
 Knobs. `harm`: the squared error of a layer's output, as a share of its sum of squares, up to which its copies may go;
 0.01 if not given, and 0 takes only those without weight. Or `amount`: the share of all copies that goes, the cheapest
@@ -37,11 +38,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.channels.groups import MAKERS
+from compress.channels.slices import require_ended
 from compress.channels.unread import without_unread
 from compress.errors import ConfigError, DataError
 from compress.nn.clustered import ClusteredWeight
 from compress.nn.displace import Shift2d
 from compress.nn.shift import ShiftConv2d
+from compress.nn.taps import round_half_away
 from compress.quantization import is_quantized
 from compress.reconstruct import Pairs, execution_order, plain_images
 from compress.shift_pruning import (
@@ -94,7 +97,10 @@ class PruneShifts:
             raise ConfigError(f"`ridge` (={self.ridge}) must be a finite number, 0 or more.")
 
     def check(self, model: nn.Module) -> None:
-        """Raise `ConfigError` for patterns that match nothing, no shift layers, and weights that are fixed already."""
+        """Raise `ConfigError` for patterns that match nothing, no shift layers, and weights that are fixed already.
+
+        Where channels go, also for schedules of `Prune` that are still running.
+        """
         found = layers(model, self.kinds)
         matching(list(found), self.include, self.exclude)
         if not found:
@@ -105,6 +111,8 @@ class PruneShifts:
             raise ConfigError("the model is quantized already; put `PruneShifts` before `Quantize`.")
         if any(isinstance(module, ClusteredWeight) for module in model.modules()):
             raise ConfigError("the model is clustered already; put `PruneShifts` before `Cluster`.")
+        if self.channels:
+            require_ended(model)
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)
@@ -120,6 +128,7 @@ class PruneShifts:
         images = plain_images(task.calibration, self.images, task.device)
         copies, still = self._weighed(model, taken, calls, images, work)
         self._choose(copies)
+        fixed = {name: ", displacements fixed" for name, layer in taken.items() if not _settled(layer)}
         model, errors = self._apply(model, taken, calls, copies, still, images, work)
         notes: dict[str, Any] = {"images": sum(map(len, images)), **_counts(copies, still), "relative_error": errors}
         if self.amount is not None:
@@ -131,7 +140,7 @@ class PruneShifts:
             notes["total"]["channels"] = sum(every - left for left, every in told["left"].values())
         now = {name: describe(layer) for name, layer in _shown(model).items()}
         sites = tuple(
-            self._site(name, text, now[name], why.get(name, ""), copies.get(name), still.get(name))
+            self._site(name, text, now[name], why.get(name, ""), copies.get(name), still.get(name), fixed.get(name, ""))
             for name, text in before.items()
             if name in found or now[name] != text
         )
@@ -215,10 +224,9 @@ class PruneShifts:
         work.progress.start("solve what is left", len(taken))
         for name, layer in taken.items():
             work.progress.step(name)
+            layer.settle()  # type: ignore[operator]  # both kinds have it
             if isinstance(layer, Shift2d):
-                if bool(still[name].any()):
-                    layer.settle()
-                    layer.displacement[still[name]] = 0
+                layer.displacement[still[name]] = 0
             elif copies[name].gone or copies[name].moved:
                 new, stays = copies[name].rebuilt()
                 seen = pairs.of(layer, original.get_submodule(name), calls[name])
@@ -227,24 +235,33 @@ class PruneShifts:
         work.progress.end()
         return model, errors
 
-    def _site(self, name: str, before: str, now: str, why: str, copies: Copies | None, still: Tensor | None) -> Site:
+    def _site(
+        self, name: str, before: str, now: str, why: str, copies: Copies | None, still: Tensor | None, fixed: str
+    ) -> Site:
         if copies is not None and (copies.gone or copies.moved):
             moved = f", {copies.moved} moved to zero" if copies.moved else ""
-            return Site(name, before, f"{now}, {copies.left} of {copies.before} copies{moved}")
+            return Site(name, before, f"{now}, {copies.left} of {copies.before} copies{moved}{fixed}")
         if still is not None and bool(still.any()):
-            return Site(name, before, f"{now}, {int(still.sum())} displacements to zero")
-        if before != now:
-            return Site(name, before, now)
+            return Site(name, before, f"{now}, {int(still.sum())} displacements to zero{fixed}")
         if copies is not None:
             told = f"each costs more than `harm` (={self._harm})" if self.amount is None else "others cost less"
             why = f"all its copies stay: {told}"
         elif still is not None:
-            why = f"no displacement that is not zero becomes zero within `zero` (={self.zero})"
+            why = "`zero` (=0) leaves displacements as they are; try 0.01, say"
+            if self.zero:
+                why = f"no displacement that is not zero becomes zero within `zero` (={self.zero})"
+        if before != now or fixed:
+            return Site(name, before, now + fixed, why if fixed else "")
         return Site(name, before, None, why)
 
 
 def _shown(model: nn.Module) -> dict[str, nn.Module]:
     return layers(model, (*MAKERS, Shift2d))
+
+
+def _settled(layer: nn.Module) -> bool:
+    assert isinstance(layer, ShiftConv2d | Shift2d)
+    return not layer.learn and torch.equal(layer.displacement, round_half_away(layer.displacement))
 
 
 def _still(layer: Shift2d, changes: Tensor, zero: float) -> Tensor:
@@ -274,5 +291,7 @@ def _without_unread(
     try:
         model, widths, kept = without_unread(model, taken.keys(), left_out, example)
     except ConfigError as error:
-        return model, {"left": {}, "kept": str(error)}
+        what, _, _ = str(error).rpartition("; ")  # what is the matter; what other stages can do about it
+        told = f"{what or error}; nothing has to be done about it, and `channels: false` does not look for them"
+        return model, {"left": {}, "kept": {"the model itself": told}}
     return model, {"left": widths, "kept": kept}
