@@ -207,7 +207,7 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
         ({"stages": {"p": {"_target_": "compress.stages.PruneShifts"}}}, "put the stage `Shift`"),
         (
             {"stages": {"r": {"_target_": "compress.stages.AdaRound"}}},
-            "(AdaRound) needs `Quantize` or `MixedPrecision` before it",
+            "(AdaRound) needs `Quantize` or `MixedPrecision` or `QuantizeDynamic` before it",
         ),
         ({"sed": 1}, "`sed` is not a setting; see --help."),
         ({"seed": -1}, "`seed` (=-1) must be a whole number, 0 or more."),

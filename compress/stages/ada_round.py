@@ -51,7 +51,7 @@ class AdaRound:
     exclude: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "correct"
-    needs: ClassVar[tuple[str, ...]] = ("Quantize", "MixedPrecision")
+    needs: ClassVar[tuple[str, ...]] = ("Quantize", "MixedPrecision", "QuantizeDynamic")
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear, ShiftConv2d)
     ours: ClassVar[bool] = True
 

@@ -54,7 +54,7 @@ class CorrectBias:
     exclude: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "correct"
-    needs: ClassVar[tuple[str, ...]] = ("Quantize", "MixedPrecision")
+    needs: ClassVar[tuple[str, ...]] = ("Quantize", "MixedPrecision", "QuantizeDynamic")
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
     ours: ClassVar[bool] = True
 
