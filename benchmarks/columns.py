@@ -17,7 +17,6 @@ def cifar10(contents: list[Row]) -> str:
         "file": files,
         "MACs": lambda row: f"{row['base_macs'] / 1e6:.1f} to {row['macs'] / 1e6:.1f} M",
         "time against base": lambda row: ratio(row["latency"]),
-        "run takes": lambda row: f"{row['wall_seconds'] / 60:.0f} min",
     }
     caption = (
         "CIFAR-10, 10,000 test images, seed 0; time: onnxruntime, batch 1, ratio to the float32 base (5 rounds). "

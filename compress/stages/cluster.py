@@ -15,7 +15,8 @@ connected layers. `start`: `linear` spreads the first centres evenly between the
 keeps large weights, which are few; `density` puts equally many weights around each. `iterations`: at most so many steps
 of k-means. `include`, `exclude`: layers by name pattern.
 
-Measured. Not yet measured.
+Measured. ResNet-20 on CIFAR-10 (91.73 %, 1.09 MB): recipe `cluster` 91.77 % in 161 kB, `deep_compression` 90.82 % in
+65 kB.
 
 Reference. Han et al., "Deep Compression", ICLR 2016, section 3.
 """

@@ -21,7 +21,8 @@ loss of rank in each layer does to the network's logits, to first order, on 96 i
 alone. `rounds`: how often, at most, the factors are solved in turn. `images`, `ridge`: what the fit is made on, and how
 much it pulls to zero. `gate`: none, macs, bytes or latency: layers that do not get cheaper are kept.
 
-Measured. Before training, by each way to the ranks: `benchmarks/surgery.py`. With training: not yet measured.
+Measured. Before training, by each way to the ranks: `benchmarks/surgery.py`. ResNet-20 on CIFAR-10 (91.73 %): recipe
+`tucker`, half the MACs, 90.92 %, and no faster in onnxruntime (1.07 of the time for one image on 2 cores).
 
 Reference. Kim et al., ICLR 2016 (Tucker-2, VBMF); Gusak et al., MUSCO, ICCVW 2019; Jaderberg et al., BMVC 2014;
 Lebedev et al., ICLR 2015; Zhang et al., TPAMI 2016 (low rank by regression on responses).
