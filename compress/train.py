@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from compress import checkpoint
 from compress.errors import ConfigError, TrainingError
 from compress.files import write
 from compress.task import Batches, Task, Work
-from compress.training import Training
+from compress.training import Training, teacher_of
 
 History = list[dict[str, Any]]
 
@@ -127,7 +126,7 @@ class _Run:
         self.wanted: Tensor | None = None  # the teacher's logits on val
         pulled = [module for module in model.modules() if hasattr(module, "penalty")]
         self.penalties = [m for m in pulled if m.penalty().requires_grad]  # type: ignore[operator]  # ours
-        self.teacher = _teacher(settings, task) if settings.distill else None
+        self.teacher = teacher_of(settings, task) if settings.distill else None
         if self.teacher is not None:
             _channels_last(self.teacher.to(task.device)).eval()
         elif settings.distill:
@@ -259,23 +258,6 @@ def _schedule(epoch: float, settings: Training) -> float:
         return 0.1 ** sum(epoch >= share * settings.epochs for share in (0.5, 0.75))
     left = max(settings.epochs - settings.warmup_epochs, 1e-9)
     return (1 + math.cos(math.pi * (epoch - settings.warmup_epochs) / left)) / 2
-
-
-def _teacher(settings: Training, task: Task) -> nn.Module | None:
-    """Who is learned from: the network of the checkpoint `teacher`, else the base."""
-    if not settings.teacher:
-        return task.teacher
-    teacher = checkpoint.load(settings.teacher).requires_grad_(False)
-    given = f"`teacher` (={settings.teacher})"
-    if teacher.input != task.input:
-        raise ConfigError(
-            f"{given} must take its images as this network does; it takes {teacher.input}, this one {dict(task.input)}."
-        )
-    with torch.no_grad():
-        classes = teacher(task.example[:1].cpu()).shape[1]
-    if classes != task.classes:
-        raise ConfigError(f"{given} must tell {task.classes} classes apart, as the data does; it has {classes}.")
-    return teacher
 
 
 def _optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:

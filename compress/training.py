@@ -1,4 +1,4 @@
-"""How a network is trained: the settings of every stage that trains, and their checks."""
+"""How a network is trained: the settings of every stage that trains, their checks, and who is learned from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+
+import torch
+from torch import nn
+
+from compress import checkpoint
+from compress.errors import ConfigError
+from compress.task import Task
 
 SCHEDULES = ("cosine", "step")
 
@@ -68,3 +75,24 @@ def training_problems(settings: Training) -> list[str]:
     if settings.teacher and not Path(settings.teacher).is_file():
         problems.append(f"`teacher` (={settings.teacher}) must be a checkpoint, and there is no such file.")
     return problems
+
+
+def teacher_of(settings: Training, task: Task) -> nn.Module | None:
+    """Who is learned from: the network of the checkpoint `teacher`, else the base (None: there is none).
+
+    Raises:
+        ConfigError: the checkpoint's network wants other images, or tells other classes apart.
+    """
+    if not settings.teacher:
+        return task.teacher
+    teacher = checkpoint.load(settings.teacher).requires_grad_(False)
+    given = f"`teacher` (={settings.teacher})"
+    if teacher.input != task.input:
+        raise ConfigError(
+            f"{given} must take its images as this network does; it takes {teacher.input}, this one {dict(task.input)}."
+        )
+    with torch.no_grad():
+        classes = teacher(task.example[:1].cpu()).shape[1]
+    if classes != task.classes:
+        raise ConfigError(f"{given} must tell {task.classes} classes apart, as the data does; it has {classes}.")
+    return teacher

@@ -74,12 +74,11 @@ class Equalize:
     ours: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ConfigError(f"`iterations` (={self.iterations}) must be at least 1.")
+        for name in ("iterations", "images"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
         if self.relu6 not in RELU6:
             raise ConfigError(f"`relu6` (={self.relu6!r}) must be one of {', '.join(RELU6)}.")
-        if self.images < 1:
-            raise ConfigError(f"`images` (={self.images}) must be at least 1.")
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         found = layers_and_ours(model, self.kinds)
