@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from compress import optimizer
 from compress.errors import ConfigError, TrainingError
 from compress.files import write
+from compress.graphed import GraphedStep
 from compress.task import Batches, Task, Work
 from compress.training import Training, teacher_of
 
 History = list[dict[str, Any]]
+LOOK_STEPS = 50  # on a GPU, how many steps there are from one look at the loss to the next
 
 
 def logits(model: nn.Module, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -81,34 +84,67 @@ def fit(model: nn.Module, task: Task, work: Work, settings: Training) -> tuple[n
     work.progress.start(f"training, {settings.epochs} epochs", steps * (settings.epochs - first))
     for epoch in range(first, settings.epochs):
         torch.manual_seed(work.seed(task.seed, "noise", epoch))
-        started, total, right, seen = time.perf_counter(), 0.0, 0, 0
+        started, tally = time.perf_counter(), _Tally(settings, state, epoch)
         model.train()
         if settings.batch_norm == "frozen":
             for norm in norms:
                 norm.eval()
-        for step, (x, y) in enumerate(task.train.epoch(work.seed(task.seed, "batches", epoch))):
-            loss, correct = run.step(x.to(task.device), y.to(task.device), epoch + step / steps)
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss became {loss} in epoch {epoch + 1}, step {step + 1}; {_kept(state, epoch)}. "
-                    f"Lower `lr` (={settings.lr}), or set `clip` (={settings.clip}) to 1."
-                )
-            total, right, seen = total + loss * len(y), right + correct, seen + len(y)
-            work.progress.step(f"epoch {epoch + 1}, loss {total / seen:.3f}")
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            for step, (x, y) in enumerate(task.train.epoch(work.seed(task.seed, "batches", epoch))):
+                loss, correct = run.step(x.to(task.device), y.to(task.device), epoch + step / steps)
+                tally.add(loss, correct, len(y))
+                work.progress.step(tally.text)
+        tally.check()
         broken = next((name for name, t in model.state_dict().items() if not bool(t.isfinite().all())), None)
         if broken is not None:
-            raise TrainingError(
-                f"`{broken}` is no longer finite after epoch {epoch + 1}, step {steps}; {_kept(state, epoch)}. "
-                f"Lower `lr` (={settings.lr}), or set `clip` (={settings.clip}) to 1."
-            )
-        run.end_epoch(epoch, total / seen, right / seen, time.perf_counter() - started)
+            raise tally.error(f"`{broken}` is no longer finite after epoch {epoch + 1}, step {steps}")
+        run.end_epoch(epoch, tally.loss, tally.accuracy, time.perf_counter() - started)
         run.store(state, epoch + 1)
     work.progress.end()
     return run.result(), run.history
 
 
-def _kept(state: Path, epochs: int) -> str:
-    return f"the state after epoch {epochs} is kept in {state}" if epochs else "no epoch had ended yet"
+class _Tally:
+    """Loss and hits of an epoch. To look at them, the CPU waits for a GPU, so there that is done now and then only."""
+
+    def __init__(self, settings: Training, state: Path, epoch: int) -> None:
+        self.settings, self.state, self.epoch = settings, state, epoch
+        self.steps, self.seen, self.right, self.total = 0, 0, 0, 0.0
+        self.waiting: list[tuple[Tensor, Tensor, int]] = []
+        self.text = ""
+
+    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        self.waiting.append((loss, correct, images))
+        if len(self.waiting) >= (1 if loss.device.type == "cpu" else LOOK_STEPS):
+            self.check()
+
+    def check(self) -> None:
+        """Look at what has come in; raise `TrainingError` where a loss is not finite."""
+        if not self.waiting:
+            return
+        losses = torch.stack([loss for loss, _, _ in self.waiting]).tolist()
+        hits = torch.stack([correct for _, correct, _ in self.waiting]).tolist()
+        for loss, correct, (_, _, images) in zip(losses, hits, self.waiting, strict=True):
+            self.steps += 1
+            if not math.isfinite(loss):
+                raise self.error(f"the loss became {loss} in epoch {self.epoch + 1}, step {self.steps}")
+            self.total, self.right, self.seen = self.total + loss * images, self.right + correct, self.seen + images
+        self.waiting.clear()
+        self.text = f"epoch {self.epoch + 1}, loss {self.loss:.3f}"
+
+    def error(self, what: str) -> TrainingError:
+        kept = f"the state after epoch {self.epoch} is kept in {self.state}" if self.epoch else "no epoch had ended yet"
+        return TrainingError(
+            f"{what}; {kept}. Lower `lr` (={self.settings.lr}), or set `clip` (={self.settings.clip}) to 1."
+        )
+
+    @property
+    def loss(self) -> float:
+        return self.total / self.seen
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.seen
 
 
 class _Run:
@@ -118,8 +154,7 @@ class _Run:
         self.model, self.task, self.settings = model, task, settings
         self.history: History = []
         self.names = {id(p): name for name, p in model.named_parameters()}
-        self.optimizer = _optimizer(model, settings)
-        self.scales = [group["lr_scale"] for group in self.optimizer.param_groups]
+        self.optimizer = optimizer.make(model, settings)
         self.average = copy.deepcopy(model) if settings.average else None
         self.best: dict[str, Tensor] = {}
         self.best_score = -math.inf
@@ -134,28 +169,28 @@ class _Run:
                 f"`distill` (={settings.distill}) needs a base to learn from; give a `teacher`, or set it to 0 here."
             )
 
-    def step(self, x: Tensor, y: Tensor, epoch: float) -> tuple[float, int]:
+        self.update = GraphedStep(self._update, model) if task.device.type == "cuda" else self._update
+
+    def step(self, x: Tensor, y: Tensor, epoch: float) -> tuple[Tensor, Tensor]:
         """One optimizer step; gives back the loss and how many images were classified correctly."""
-        x = _laid_out(x)
-        lr = self.settings.lr * _schedule(epoch, self.settings)
-        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
-            group["lr"] = lr * scale
+        optimizer.set_rate(self.optimizer, self.settings.lr * optimizer.schedule(epoch, self.settings))
+        return self.update(_laid_out(x), y)
+
+    def _update(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with self._autocast():
             output = self.model(x)
             with torch.no_grad():
                 target = self.teacher(x) if self.teacher is not None else None
         output = output.float()
         loss = self._loss(output, y, None if target is None else target.float())
-        value = loss.item()
-        if math.isfinite(value):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
-            if self.settings.clip:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-            self.optimizer.step()
-            if self.average is not None:
-                _blend(self.average, self.model, self.settings.average)
-        return value, int((output.argmax(1) == y).sum())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        if self.settings.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        if self.average is not None:
+            optimizer.blend(self.average, self.model, self.settings.average)
+        return loss.detach(), (output.argmax(1) == y).sum()
 
     def _loss(self, output: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
         loss = F.cross_entropy(output, y, label_smoothing=self.settings.label_smoothing)
@@ -175,7 +210,7 @@ class _Run:
     def end_epoch(self, epoch: int, loss: float, accuracy: float, seconds: float) -> None:
         """Record the epoch; with `keep: best` also evaluate it on val, by divergence where the base has seen val."""
         record: dict[str, Any] = {"epoch": epoch + 1, "loss": loss, "train_top1": 100 * accuracy, "val_top1": None}
-        record |= {"lr": self.settings.lr * _schedule(float(epoch), self.settings), "seconds": seconds}
+        record |= {"lr": self.settings.lr * optimizer.schedule(float(epoch), self.settings), "seconds": seconds}
         if self.settings.keep == "best":
             kept = self._settled()
             outputs, labels = logits(kept, self.task.val, self.task.device)
@@ -248,46 +283,3 @@ class _Run:
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
-
-
-def _schedule(epoch: float, settings: Training) -> float:
-    """Factor on the learning rate: linear warm-up, then half a cosine down to zero, or two steps down."""
-    if epoch < settings.warmup_epochs:
-        return (epoch + 1e-2) / settings.warmup_epochs
-    if settings.schedule == "step":
-        return 0.1 ** sum(epoch >= share * settings.epochs for share in (0.5, 0.75))
-    left = max(settings.epochs - settings.warmup_epochs, 1e-9)
-    return (1 + math.cos(math.pi * (epoch - settings.warmup_epochs) / left)) / 2
-
-
-def _optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW; weights decay, vectors (biases, norms) do not, modules' own rules win."""
-    rules: dict[int, dict[str, float]] = {}
-    for module in model.modules():
-        if hasattr(module, "parameter_rules"):
-            for name, rule in module.parameter_rules().items():  # type: ignore[operator]  # ours
-                rules[id(getattr(module, name))] = rule
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            rule = rules.get(id(parameter), {})
-            decay = rule.get("weight_decay", settings.weight_decay if parameter.dim() > 1 else 0.0)
-            groups.setdefault((rule.get("lr_scale", 1.0), decay), []).append(parameter)
-    listed: list[dict[str, Any]] = [
-        {"params": parameters, "lr_scale": scale, "weight_decay": decay, "lr": settings.lr * scale}
-        for (scale, decay), parameters in groups.items()
-    ]
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(listed, fused=True)
-    momentum = settings.momentum
-    return torch.optim.SGD(listed, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
-
-
-def _blend(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the average a little towards the model; whole-number buffers are copied."""
-    with torch.no_grad():
-        for mine, theirs in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(theirs.to(mine.dtype), 1 - decay)
-            else:
-                mine.copy_(theirs)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from compress.errors import ConfigError
 from compress.models import as_net, as_resnet_w32
 from compress.models.weights import load_weights, read_weights
-from compress.nn.displace import Shift2d, ShiftPool2d, displace
+from compress.nn.displace import Shift2d, ShiftPool2d
+from compress.nn.displacement import displace
 from compress.nn.taps import round_half_away
 from compress.reconstruct import seen_by
 from compress.stage import Edit

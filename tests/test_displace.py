@@ -11,7 +11,8 @@ from random_task import quantize, task, warm
 from torch import Tensor, nn
 
 from compress.lower import export_onnx, fold_batch_norm
-from compress.nn.displace import Shift2d, displace
+from compress.nn.displace import Shift2d
+from compress.nn.displacement import displace
 from compress.nn.places import quantizer_places
 from compress.nn.taps import round_half_away
 from compress.stages import FineTune

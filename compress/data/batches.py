@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.data.input import complete, normalise
-from compress.data.source import Augment, Images, Source, fingerprint, permutation
+from compress.data.source import Arrays, Augment, Images, Source, fingerprint, permutation
 from compress.errors import ConfigError
 from compress.task import PRECISIONS, Batch, Task
 
+RESIDENT = 4 << 30  # bytes; training images up to this are kept in a GPU's memory
 SMALL = 64  # pixels; up to this side, evaluation uses batches of at least EVALUATION_BATCH
 EVALUATION_BATCH = 256
 
@@ -54,6 +55,8 @@ def make_task(
     described = complete(source.input, input)
     where = torch.device(device)
     train = source.train.fitted(described)
+    if where.type == "cuda" and isinstance(train, Arrays) and train.pixels.nbytes <= RESIDENT:
+        train = train.on(where)
     large = batch_size if max(described["size"]) > SMALL else max(batch_size, EVALUATION_BATCH)
     chosen = permutation(len(train), seed)[:calibration_images]
     calibration = Prepared(Chosen(train, chosen), batch_size, described, where)
@@ -88,7 +91,7 @@ class Chosen:
         return len(self.indices)
 
     def batches(self, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.source.batches(self.indices[part] for part in order)
+        return self.source.batches(self.indices[part.to(self.indices.device)] for part in order)
 
     def fitted(self, input: Mapping[str, Any]) -> Chosen:
         return Chosen(self.source.fitted(input), self.indices)
@@ -123,13 +126,16 @@ class Prepared:
         pad = self.augment.pad if self.augment else 0
         offsets = torch.randint(0, 2 * pad + 1, (count, 2), generator=random)
         flips = torch.rand(count, generator=random) < (0.5 if self.augment and self.augment.flip else 0.0)
+        if self.source.labels.device.type == self.device.type:  # then nothing has to wait for the CPU from here on
+            order = order.to(self.device)
+        offsets, flips = offsets.to(self.device), flips.to(self.device)
         start = 0
         for pixels, labels in self.source.batches(parts(order, self.batch_size)):
             mine = slice(start, start + len(labels))
             start += len(labels)
             x = pixels.to(self.device)
             if self.augment is not None:
-                x = vary(x, offsets[mine].to(self.device), flips[mine].to(self.device), pad)
+                x = vary(x, offsets[mine], flips[mine], pad)
             yield normalise(x, self.input), labels.to(self.device)
 
     def first(self, count: int) -> Tensor:

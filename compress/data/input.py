@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -97,6 +98,11 @@ def normalise(pixels: Tensor, input: Mapping[str, Any]) -> Tensor:
         x = x.repeat(1, 3, 1, 1)
     elif input["order"] == "bgr":
         x = x.flip(1)
-    mean = torch.tensor(input["mean"], dtype=torch.float32, device=x.device).view(1, -1, 1, 1)
-    std = torch.tensor(input["std"], dtype=torch.float32, device=x.device).view(1, -1, 1, 1)
+    mean, std = _per_channel(tuple(input["mean"]), x.device), _per_channel(tuple(input["std"]), x.device)
     return x.div_(input["scale"]).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=16)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    # Kept, since bringing new numbers to a GPU makes the CPU wait for it.
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)

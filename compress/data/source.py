@@ -75,8 +75,13 @@ class Arrays:
     def __getitem__(self, indices: Tensor) -> Arrays:
         return Arrays(self.pixels.index_select(0, indices), self.labels[indices])
 
+    def on(self, device: torch.device) -> Arrays:
+        """The same images in the memory of `device`."""
+        return Arrays(self.pixels.to(device), self.labels.to(device))
+
     def batches(self, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in order:
+            indices = indices.to(self.labels.device)
             yield self.pixels.index_select(0, indices), self.labels[indices]
 
     def fitted(self, input: Mapping[str, Any]) -> Arrays:

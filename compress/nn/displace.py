@@ -10,102 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.nn.displacement import bilinear_kernel, displace
 from compress.nn.plain_shift import displacement_forms
 from compress.nn.shift import LARGEST_KERNEL, LEARNING_RATE_SCALE
 from compress.nn.taps import round_half_away
 
 STARTS = ("grouped", "random", "uniform")
 BILINEAR_MACS = 4  # for each output element: its four neighbours, each times a weight
-
-
-def _hat(d: Tensor, reach: int) -> Tensor:
-    """Bilinear weight of the positions -reach .. reach for displacements `d`: (C,) -> (C, 2 * reach + 1)."""
-    positions = torch.arange(-reach, reach + 1, device=d.device, dtype=d.dtype)
-    return (1 - (d.unsqueeze(-1) - positions).abs()).clamp(min=0)
-
-
-def _slope(d: Tensor, reach: int) -> Tensor:
-    """Derivative of `_hat` after `d`; on the lattice that of the cell to the right, as in the published kernels."""
-    positions = torch.arange(-reach, reach + 1, device=d.device, dtype=d.dtype)
-    left = torch.floor(d).unsqueeze(-1)
-    return (positions == left + 1).to(d.dtype) - (positions == left).to(d.dtype)
-
-
-def _kernel(rows: Tensor, columns: Tensor) -> Tensor:
-    """A depthwise kernel, (C, 1, ky, kx), from what it is along y (C, ky) and along x (C, kx)."""
-    return (rows.unsqueeze(-1) * columns.unsqueeze(-2)).unsqueeze(1)
-
-
-def bilinear_kernel(displacement: Tensor) -> Tensor:
-    """The depthwise convolution, (C, 1, k, k), that displaces each channel by its (y, x) of (C, 2).
-
-    One-hot for whole pixels, bilinear between them; k is the smallest odd size that holds every displacement.
-    """
-    reach = int(torch.ceil(displacement.detach().abs().max()))
-    return _kernel(_hat(displacement[:, 0], reach), _hat(displacement[:, 1], reach))
-
-
-class _Displace(torch.autograd.Function):
-    """x (N, C, H, W) and displacements (C, 2) as (y, x) -> (N, C, ceil(H / stride), ceil(W / stride))."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, displacement: Tensor, stride: int, quantize: bool, normalize: bool) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, displacement)
-        ctx.settings = x.shape, stride, quantize, normalize
-        return _convolve(x, bilinear_kernel(round_half_away(displacement) if quantize else displacement), stride)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, displacement = ctx.saved_tensors
-        shape, stride, quantize, normalize = ctx.settings
-        by_x = by_displacement = None
-        if ctx.needs_input_grad[0]:
-            kernel = bilinear_kernel(round_half_away(displacement) if quantize else displacement)
-            by_x = _convolve(_spread(grad, stride, shape), kernel.flip(-2, -1), 1)
-        if ctx.needs_input_grad[1]:
-            # Straight through the rounding: the bilinear derivative where the displacement really is.
-            y, z = displacement.unbind(1)
-            reach = int(torch.floor(displacement.abs().max())) + 1
-            slopes = (
-                _kernel(_slope(y, reach), _hat(z, reach)),
-                _kernel(_hat(y, reach), _slope(z, reach)),
-            )
-            parts = [(_convolve(x, slope, stride) * grad).sum((0, 2, 3), dtype=displacement.dtype) for slope in slopes]
-            by_displacement = torch.stack(parts, -1)
-            if normalize:
-                tiny = torch.finfo(by_displacement.dtype).tiny
-                by_displacement = by_displacement / by_displacement.norm(dim=-1, keepdim=True).clamp(min=tiny)
-        return by_x, by_displacement, None, None, None
-
-
-def _convolve(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # to move numbers is no reason to round them
-        return F.conv2d(x, kernel.to(x.dtype), None, stride, kernel.shape[-1] // 2, 1, len(kernel))
-
-
-def _spread(grad: Tensor, stride: int, shape: torch.Size) -> Tensor:
-    """The gradient at the positions that the stride took, zero at the others, in the same memory layout."""
-    if stride == 1:
-        return grad
-    last = grad.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    spread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout).zero_()
-    spread[:, :, ::stride, ::stride] = grad
-    return spread
-
-
-def displace(
-    x: Tensor, displacement: Tensor, stride: int = 1, quantize: bool = False, normalize: bool = False
-) -> Tensor:
-    """y[n, c, h, w] = x[n, c, stride * h + dy[c], stride * w + dx[c]], bilinear between pixels and zero outside.
-
-    `displacement` is (C, 2) as (dy, dx) in pixels. With `quantize` it is rounded, and the gradient passes straight
-    through; with `normalize` the gradient of each channel's displacement has length 1 (Jeon & Kim, section 3.3).
-    """
-    return _Displace.apply(x, displacement, stride, quantize, normalize)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class Shift2d(nn.Module):

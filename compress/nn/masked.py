@@ -92,6 +92,11 @@ class MaskedWeight(nn.Module):
                 self.scores = torch.zeros_like(weight)
         return weight
 
+    @property
+    def waits(self) -> bool:
+        """Whether training has to look at numbers on the CPU: which step this is, to see what is due."""
+        return self.steps > 0
+
     def amount_at(self, step: int) -> float:
         """The share of zeros wanted after so many steps."""
         if step >= self.steps:

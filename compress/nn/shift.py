@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compress.nn.displacement import displace
 from compress.nn.geometry import pair, spatial_config, unusual
 from compress.nn.plain_shift import around, convolution_forms
 from compress.nn.taps import round_half_away, taps, window
@@ -114,9 +115,20 @@ class ShiftConv2d(nn.Module):
             padding = 0
         if self.taps == 1 and not self.learn and self.groups < self.in_channels:
             weight = self.pointwise.weight
-            x = F.conv2d(x, self._moves(weight.dtype), None, self.stride, padding, self.dilation, self.in_channels)
+            if x.is_cuda and self._whole_map():
+                used = round_half_away(self._inside()) if self.quantize else self._inside()
+                x = displace(x, used[:, 0] * self.dilation[0], self.stride[0], self.quantize)
+            else:
+                x = F.conv2d(x, self._moves(weight.dtype), None, self.stride, padding, self.dilation, self.in_channels)
             return F.conv2d(x, weight, self.pointwise.bias, groups=self.groups)
         return F.conv2d(x, self.kernel(), self.pointwise.bias, self.stride, padding, self.dilation, self.groups)
+
+    def _whole_map(self) -> bool:
+        """Whether the output's positions are every `stride`-th of the input's, and displacements are in pixels."""
+        (ky, kx), (dilation, other) = self.kernel_size, self.dilation
+        alike = self.stride[0] == self.stride[1] and dilation == other and (dilation == 1 or self.quantize)
+        centred = ky % 2 == kx % 2 == 1 and self.padding in ("same", (dilation * (ky // 2), dilation * (kx // 2)))
+        return alike and centred and self.padding_mode == "zeros"
 
     def _moves(self, dtype: torch.dtype) -> Tensor:
         """The depthwise kernel (in_channels, 1, ky, kx) of the one copy that each channel has.
@@ -138,10 +150,8 @@ class ShiftConv2d(nn.Module):
 
     def _inside(self) -> Tensor:
         """The displacements as they are used: what an optimizer step pushed out of the window counts as its edge."""
-        low, high = (
-            torch.tensor([window(size)[end] for size in self.kernel_size]).to(self.displacement) for end in (0, 1)
-        )
-        return self.displacement.clamp(low, high)
+        axes = zip(self.displacement.unbind(-1), map(window, self.kernel_size), strict=True)
+        return torch.stack([axis.clamp(low, high) for axis, (low, high) in axes], -1)
 
     @torch.no_grad()
     def _clamp(self) -> None:

@@ -1,0 +1,1 @@
+"""Operators that have kernels of their own on a GPU."""

@@ -1,0 +1,82 @@
+"""Displacing channels on a GPU: each number is read where it lies, whatever the largest displacement.
+
+Wu et al., "Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Convolutions", CVPR 2018, whose operator is this
+one for whole pixels. Jeon & Kim, NeurIPS 2018, section 3.2, for the bilinear one and its derivatives.
+
+Needs Triton, which comes with torch's builds for GPUs; see `available`. Tensors may lie in any memory order; channels
+last is the fastest.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POSITIONS, CHANNELS = 64, 64  # of the map and of its channels, handled by one program
+ROUNDS = 16  # blocks of positions that one program of the derivative's sum handles
+
+
+@cache
+def available() -> bool:
+    """Whether Triton is there."""
+    return find_spec("triton") is not None
+
+
+def move(x: Tensor, displacement: Tensor, stride: int, whole: bool) -> Tensor:
+    """y[n, c, h, w] = x[n, c, stride * h + dy[c], stride * w + dx[c]], bilinear unless `whole`, zero outside.
+
+    `x` (N, C, H, W) of any floating type, `displacement` (C, 2) float32 as (dy, dx), whole numbers with `whole`.
+    """
+    n, c, h, w = x.shape
+    return _moved(x, displacement, (n, c, -(-h // stride), -(-w // stride)), stride, whole, adjoint=False)
+
+
+def move_back(grad: Tensor, displacement: Tensor, shape: torch.Size, stride: int, whole: bool) -> Tensor:
+    """The derivative of `move` after `x`, whose `shape` is given: its adjoint, applied to `grad`."""
+    return _moved(grad, displacement, tuple(shape), stride, whole, adjoint=True)
+
+
+def slopes(x: Tensor, displacement: Tensor, grad: Tensor, stride: int) -> Tensor:
+    """The derivative of the bilinear `move` after the displacements, (C, 2): that of the cell to the right of a lattice
+    point. Sums run in float32 and in one order, so that the same numbers come out each time."""
+    n, c, h, w = grad.shape
+    positions = n * h * w
+    programs = -(-positions // (POSITIONS * ROUNDS))
+    parts = torch.empty(programs, c, 2, dtype=torch.float32, device=x.device)
+    sizes = positions, c, h, w, x.shape[2], x.shape[3]
+    strides = *x.stride(), *grad.stride()
+    block = _block(c)
+    _kernels()["slopes"][programs, -(-c // block)](
+        x, displacement, grad, parts, *sizes, *strides, S=stride, P=POSITIONS, K=block, R=ROUNDS
+    )
+    return parts.sum(0)
+
+
+def _moved(x: Tensor, displacement: Tensor, shape: tuple[int, ...], stride: int, whole: bool, adjoint: bool) -> Tensor:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    n, c, h, w = shape
+    positions, block = n * h * w, _block(c)
+    sizes = positions, c, h, w, x.shape[2], x.shape[3]
+    _kernels()["move"][-(-positions // POSITIONS), -(-c // block)](
+        x, displacement, y, *sizes, *x.stride(), *y.stride(), S=stride, P=POSITIONS, K=block, WHOLE=whole, BACK=adjoint
+    )
+    return y
+
+
+def _block(channels: int) -> int:
+    """How many channels one program handles: a power of two."""
+    return min(CHANNELS, 1 << (channels - 1).bit_length())
+
+
+@cache
+def _kernels() -> dict[str, Any]:
+    """The compiled kernels. Triton wants their source in a file, and itself imported first."""
+    from compress.nn.gpu import kernels
+
+    return {"move": kernels.move, "slopes": kernels.slopes}
