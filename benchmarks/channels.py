@@ -3,7 +3,8 @@
 The recipe `channels`, and the same with torch-pruning's own pruner in place of our stage: the L1 norm of each channel's
 weights, the same share of the channels inside every residual block, nothing solved anew. `ours-l1` removes by that norm
 too. The same fine-tuning follows. What is computed is kept in `outputs/benchmarks/channels`: run again, a row only
-measures the times anew, which is to be done when nothing else runs.
+measures the times anew, which is to be done when nothing else runs. `ROW=FOLDER` takes the row from a run that ended in
+this folder, on a machine with a GPU say, and measures only its times.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import copy
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
-from common import RESULTS, ROOT, cifar, compress, figures, record
+from common import RESULTS, ROOT, cifar, compress, figures, finished, record
 from torch import nn
 
 from compress.errors import ConfigError
@@ -58,7 +60,9 @@ class TorchPruning:
         raise ConfigError(f"`macs` (={self.macs}) is less than what {SHARES[-1]} of the channels leave.")
 
 
-def run(name: str) -> dict[str, Any]:
+def run(name: str, ended: str) -> dict[str, Any]:
+    if ended:
+        return {"name": name, "stage": ROWS[name], **figures(finished(Path(ended)))}
     folder = ROOT / "outputs" / "benchmarks" / "channels"
     folder.mkdir(parents=True, exist_ok=True)
     stage = f"stages.channels={{_target_:{ROWS[name]},macs:{MACS}}}"
@@ -69,10 +73,11 @@ def run(name: str) -> dict[str, Any]:
 def main() -> None:
     file = RESULTS / "channels.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-    for name in sys.argv[1:] or ROWS:
+    for argument in sys.argv[1:] or ROWS:
+        name, _, ended = argument.partition("=")
         if name not in ROWS:
             sys.exit(f"{name} is not one of {', '.join(ROWS)}")
-        row = run(name)
+        row = run(name, ended)
         known = {each["name"]: each for each in (*rows, row)}
         rows = [known[each] for each in ROWS if each in known]
         record("channels", rows, model=MODEL, data="CIFAR-10, 10,000 test images", seed=0)

@@ -1,19 +1,30 @@
-"""A recipe on CIFAR-10 with a published ResNet, from nothing but its weights: `cifar10.py RECIPE [MODEL]`.
+"""A recipe on CIFAR-10 with a published ResNet, from its weights alone: `cifar10.py RECIPE [MODEL] [KEY=VALUE ...]`.
 
-What it computes is kept in `outputs/benchmarks/cifar10`: run again, it only measures the times anew.
+Settings that differ from the recipe's make a row of their own. What is computed is kept in `outputs/benchmarks/cifar10`:
+run again, it only measures the times anew. `--finished FOLDER` takes the run that ended in this folder, on a machine
+with a GPU say (the same settings, and `measure=none`), and measures only its times here.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from pathlib import Path
 
-from common import ROOT, cifar, compress, figures, record
+from common import ROOT, cifar, compress, figures, finished, record
 
-if len(sys.argv) < 2:
-    sys.exit(__doc__)
-recipe, model = sys.argv[1], (sys.argv[2:] or ["resnet20"])[0]
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("recipe")
+parser.add_argument("model", nargs="?", default="resnet20")
+parser.add_argument("settings", nargs="*")
+parser.add_argument("--finished", type=Path)
+given = parser.parse_args()
 folder = ROOT / "outputs" / "benchmarks" / "cifar10"
 folder.mkdir(parents=True, exist_ok=True)
-report, seconds = compress(folder, f"recipe={recipe}", *cifar(model), out=f"{recipe}-{model}")
-row = {"recipe": recipe, "model": model, "seed": 0, "wall_seconds": round(seconds, 1), **figures(report)}
-record(f"cifar10-{recipe}-{model}", [row], script="cifar10", data="CIFAR-10, 10,000 test images")
+name = "-".join([given.recipe, given.model, *(each.replace("stages.", "") for each in given.settings)])
+if given.finished:
+    report = finished(given.finished)
+else:
+    report, _ = compress(folder, f"recipe={given.recipe}", *cifar(given.model), *given.settings, out=name)
+row = {"recipe": given.recipe, "model": given.model, "settings": given.settings, "seed": 0}
+row |= {"wall_seconds": round(report["seconds"], 1), **figures(report)}
+record(f"cifar10-{name}", [row], script="cifar10", data="CIFAR-10, 10,000 test images")

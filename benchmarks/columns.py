@@ -10,16 +10,18 @@ from columns_low_precision import LOW_PRECISION
 
 def cifar10(contents: list[Row]) -> str:
     columns: dict[str, Column] = {
-        "recipe": lambda row: f"`{row['recipe']}`",
+        "recipe": lambda row: " ".join([f"`{row['recipe']}`", *(f"`{each}`" for each in row["settings"])]),
         "model": lambda row: row["model"],
         "base top-1 %": lambda row: f"{row['base_top1']:.2f}",
         "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
         "file": files,
         "MACs": lambda row: f"{row['base_macs'] / 1e6:.1f} to {row['macs'] / 1e6:.1f} M",
         "time against base": lambda row: ratio(row["latency"]),
+        "computed on": lambda row: row["on"],
     }
     caption = (
-        "CIFAR-10, 10,000 test images, seed 0; time: onnxruntime, batch 1, ratio to the float32 base (5 rounds). "
+        "CIFAR-10, 10,000 test images, seed 0; time: onnxruntime, batch 1, ratio to the float32 base (5 rounds), all "
+        "on this processor. "
         f"{machine(contents[0])}. `python benchmarks/cifar10.py RECIPE MODEL`"
     )
     return table(columns, [content["rows"][0] for content in contents], caption)
@@ -73,6 +75,7 @@ def operators(contents: list[Row]) -> str:
         "from noise, 1 / 5": lambda row: after(noise.get(row["operator"]), (1, 5)),
         "time in onnxruntime": lambda row: against_base(row, "onnxruntime"),
         "in torch": lambda row: against_base(row, "torch"),
+        "computed on": lambda row: row["on"],
     }
     caption = (
         "ResNet-20 (91.73 %), all 3x3 convolutions but the first, CIFAR-10 test, seed 0, distillation from the base; "
@@ -108,6 +111,7 @@ def papers(contents: list[Row]) -> str:
         "MACs": lambda row: f"{row['macs'] / 1e6:.1f} M",
         "protocol": lambda row: f"{row['protocol']}, {row['epochs']} epochs",
         "seed": lambda row: str(row["seed"]),
+        "computed on": lambda row: row["on"],
         "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
         "published, full protocol": lambda row: f"{row['published']:.2f}" if row["published"] else "-",
         "where": lambda row: row["source"],
@@ -122,6 +126,7 @@ def papers(contents: list[Row]) -> str:
 SPARSE = {
     "resnet20": "ResNet-20 (91.73 %), recipe `sparse_shift`, 5 epochs",
     "shift_resnet20": "ShiftResNet-20, expansion 3, from nothing, 8 epochs",
+    "shift_resnet20x6": "ShiftResNet-20, expansion 6, from nothing, 40 epochs",
 }
 
 
@@ -139,6 +144,7 @@ def sparse_shift(contents: list[Row]) -> str:
         "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
         "against l1 = 0, points": lambda row: interval(row["paired_free"]) if row["paired_free"] else "-",
         "params": lambda row: f"{row['params']:,}",
+        "computed on": lambda row: row["on"],
     }
     caption = (
         "Shares are of all displacements. Copies of a channel that met on one place are one copy, and the others have "
@@ -223,6 +229,31 @@ def shift_torch(contents: list[Row]) -> str:
     return table(columns, content["rows"], caption)
 
 
+def shift_cuda(contents: list[Row]) -> str:
+    (content,) = contents
+
+    def against(row: Row, name: str) -> str:
+        found = row[f"{name} / pointwise"]
+        return f"{found['median']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
+
+    columns: dict[str, Column] = {
+        "what": lambda row: row["what"],
+        "of": lambda row: row["of"],
+        "images": lambda row: str(row["images"]),
+        "pointwise, ms": lambda row: f"{row['ms']['pointwise']:.3f}",
+        "shift, 1 tap / pointwise": lambda row: against(row, "shift, 1 tap"),
+        "shift, 3 taps": lambda row: against(row, "shift, 3 taps"),
+        "depthwise + pointwise": lambda row: against(row, "depthwise + pointwise"),
+        "3x3": lambda row: against(row, "3x3"),
+    }
+    caption = (
+        "Median ratio to the pointwise convolution, with its smallest and largest round. "
+        f"{content['hardware']['gpu']}, {content['precision']}; torch {content['versions']['torch']}. "
+        "`python benchmarks/shift_cuda.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
 def surgery(contents: list[Row]) -> str:
     (content,) = contents
     columns: dict[str, Column] = {
@@ -280,5 +311,6 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "channels": channels,
     "shift_latency": shift_latency,
     "shift_torch": shift_torch,
+    "shift_cuda": shift_cuda,
     "digits": digits,
 }

@@ -6,11 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress import machine
+from compress.convert import convert
+from compress.measure import latency
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -42,6 +48,31 @@ def compress(folder: Path, *overrides: str, out: str = "out") -> tuple[dict[str,
     return json.loads(newest.read_text(encoding="utf-8")), seconds
 
 
+def finished(folder: Path) -> dict[str, Any]:
+    """The report of a run that ended elsewhere, on a machine with a GPU say, the latencies of its files measured here.
+
+    `folder` holds the run's report and its two checkpoints. Measure when nothing else runs.
+    """
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as name:
+        paths = {}
+        for row, file in ((report["rows"][0], "base"), (report["rows"][-1], "model")):
+            convert(folder / f"{file}.safetensors", ["onnx"], name, forms="measured")
+            paths[row["name"]] = Path(name) / f"{file}.onnx"
+        wanted = report["data"]["input"]
+        example = torch.zeros(1, len(wanted["mean"]), *wanted["size"])
+        measured = latency(paths, example, target="onnxruntime")
+    for row in report["rows"]:
+        row["latency"] = asdict(measured[row["name"]]) if row["name"] in measured else None
+    return report
+
+
+def where(hardware: dict[str, Any] | None = None) -> str:
+    """The machine that a row was computed on, in a few words: this one, or the one described."""
+    found = hardware or machine.hardware()
+    return found["gpu"] or f"{found['processor']}, {found['cores']} cores"
+
+
 def figures(report: dict[str, Any]) -> dict[str, Any]:
     """The figures of a run that tables show: base and result side by side."""
     base, result = report["rows"][0], report["rows"][-1]
@@ -62,6 +93,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         "base_latency": base["latency"],
         "parity": {export["file"]: export["parity"] for export in report["exports"]},
         "seconds": {row["name"]: round(row["seconds"], 1) for row in report["rows"]},
+        "on": where(report["hardware"]),
     }
     return chosen
 
