@@ -1,7 +1,7 @@
 """A recipe on CIFAR-10 with a published ResNet, from its weights alone: `cifar10.py RECIPE [MODEL] [KEY=VALUE ...]`.
 
-Settings that differ from the recipe's make a row of their own. What is computed is kept in `outputs/benchmarks/cifar10`:
-run again, it only measures the times anew. `--finished FOLDER` takes the run that ended in this folder, on a machine
+Settings that differ from the recipe's make a row of their own. What is computed is kept in `outputs/benchmarks`: when
+run again, it only measures the times. `--finished FOLDER` takes the run that ended in this folder, on a machine
 with a GPU say (the same settings, and `measure=none`), and measures only its times here.
 """
 

@@ -19,7 +19,7 @@ from compress.convert import convert
 from compress.measure import latency
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(os.environ.get("COMPRESS_RESULTS") or Path(__file__).with_name("results"))
 
 
 def data_root() -> Path:
