@@ -4,8 +4,6 @@ import copy
 import hashlib
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import textwrap
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from saved import HOME, INPUT, RESNET, SMALL, STEPPED, Stepped, save
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -25,15 +24,6 @@ from compress.nn.places import place_quantizers, quantizer_places, trace
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
 from compress.nn.shift import ShiftConv2d
 from compress.surgery import kind, replace
-
-INPUT = {"order": "gray", "scale": 16.0, "mean": [0.3], "std": [0.4], "size": [8, 8], "resize": None, "crop": None}
-SMALL: tuple[str, dict[str, Any]] = ("compress.models.small", {})
-RESNET = ("compress.models.resnet20", {"classes": 10})
-
-
-def save(model: nn.Module, path: Path, build: Any = SMALL, **other: Any) -> int:
-    given = {"input": INPUT, "provenance": {"seed": 0}, "results": {"accuracy": 97.5}} | other
-    return checkpoint.save(model, path, build=build, **given)
 
 
 def batch(channels: int = 1, size: int = 8) -> Tensor:
@@ -294,39 +284,18 @@ def test_every_torch_layer_in_the_table_says_its_arguments(cls: type[nn.Module])
     assert set(given) <= set(said)
 
 
-class Stepped(nn.Module):
-    """A base model of the user's: a tied weight, a buffer outside the state, a plain tensor, a module used twice."""
-
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        self.a = self.b = nn.Conv2d(1, width, 1)
-        self.first = nn.Linear(width, width, bias=False)
-        self.second = nn.Linear(width, width, bias=False)
-        self.second.weight = self.first.weight
-        self.register_buffer("outside", torch.arange(width) / 7, persistent=False)
-        self.plain = torch.arange(width) / 3
-        self.factor = 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = (self.a(x) + self.b(x)).mean((2, 3))
-        return self.second(self.first(y)) * self.factor + self.outside + self.plain
-
-
-STEPPED = (f"{__name__}.Stepped", {"width": 4})
-
-
 def test_a_foreign_base_needs_to_be_allowed(tmp_path: Path) -> None:
     model = Stepped()
     save(model, tmp_path / "model.safetensors", build=STEPPED)
     assert checkpoint.foreign(SMALL) is None
-    assert f"allow=['{__name__}']" in str(checkpoint.foreign(STEPPED))
-    with pytest.raises(CheckpointError, match=rf"allow=\['{__name__}'\]"):
+    assert f"allow=['{HOME}']" in str(checkpoint.foreign(STEPPED))
+    with pytest.raises(CheckpointError, match=rf"allow=\['{HOME}'\]"):
         checkpoint.load(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="neither in"):
-        checkpoint.load(tmp_path / "model.safetensors", allow=[__name__[:-1]])
+        checkpoint.load(tmp_path / "model.safetensors", allow=[HOME[:-1]])
     with pytest.raises(UserError, match="must be a list"):
-        checkpoint.load(tmp_path / "model.safetensors", allow=__name__)
-    again = checkpoint.load(tmp_path / "model.safetensors", allow=[__name__])
+        checkpoint.load(tmp_path / "model.safetensors", allow=HOME)
+    again = checkpoint.load(tmp_path / "model.safetensors", allow=[HOME])
     assert again.a is again.b and again.first.weight is again.second.weight
     assert torch.equal(again(batch()), model(batch()))
 
@@ -336,7 +305,7 @@ def test_a_shared_module_is_replaced_in_both_places(tmp_path: Path) -> None:
     replace(model, model.a, nn.Conv2d(1, 4, 3, padding=1))
     assert model.a is model.b
     save(model, tmp_path / "model.safetensors", build=STEPPED)
-    again = checkpoint.load(tmp_path / "model.safetensors", allow=[__name__])
+    again = checkpoint.load(tmp_path / "model.safetensors", allow=[HOME])
     assert again.a is again.b and again.a.kernel_size == (3, 3)
     assert torch.equal(again(batch()), model(batch()))
 
@@ -350,104 +319,6 @@ def test_a_layer_of_torch_can_be_the_base(tmp_path: Path) -> None:
     save(root, tmp_path / "b.safetensors", build=build)
     again = checkpoint.load(tmp_path / "b.safetensors")
     assert type(again) is ShiftConv2d and torch.equal(again(batch()), root(batch()))
-
-
-def extra_parameter(model: nn.Module) -> None:
-    model.layer1[0].register_parameter("gain", nn.Parameter(torch.ones(3)))
-
-
-def extra_module(model: nn.Module) -> None:
-    model.layer2[0].add_module("attention", nn.Linear(2, 2))
-
-
-def unknown_class(model: nn.Module) -> None:
-    model.layer1[0].conv1 = Stepped()
-
-
-def removed_module(model: nn.Module) -> None:
-    del model.layer1[0].shortcut
-
-
-def changed_in_place(model: nn.Module) -> None:
-    model.linear.weight = nn.Parameter(torch.ones(10, 5))
-
-
-def unshared(model: nn.Module) -> None:
-    model.layer1[0].conv2 = model.layer1[0].conv1
-
-
-def foreign_parametrization(model: nn.Module) -> None:
-    nn.utils.parametrizations.orthogonal(model.linear)
-
-
-UNSAYABLE = {
-    "layer1.0.gain` is a tensor of the model but not of its base": extra_parameter,
-    "layer2.0.attention` is not in the base": extra_module,
-    "layer1.0.conv1` is a .*Stepped, which the base": unknown_class,
-    "layer1.0.shortcut` is in only one": removed_module,
-    "linear.weight` is \\[10, 5\\], but": changed_in_place,
-    "layer1.0.conv2.* is shared between": unshared,
-    "linear.weight` is parametrized by _Orthogonal": foreign_parametrization,
-}
-
-
-@pytest.mark.parametrize("message", UNSAYABLE)
-def test_what_a_checkpoint_cannot_say_is_refused_by_name(message: str, tmp_path: Path) -> None:
-    model = models.small()
-    UNSAYABLE[message](model)
-    with pytest.raises(CheckpointError, match=message):
-        save(model, tmp_path / "model.safetensors")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_setting_outside_the_blueprint_is_noticed(tmp_path: Path) -> None:
-    model = Stepped()
-    model.factor = 2.0
-    with pytest.raises(CheckpointError, match="computes other logits"):
-        save(model, tmp_path / "model.safetensors", build=STEPPED)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"build": None}, "`build` \\(=None\\) says nothing about how the base model is made"),
-        ({"build": ("small", {})}, "is not understood"),
-        ({"build": ("compress.models.small", {"classes": object()})}, "JSON cannot hold"),
-        ({"form": "zip"}, "`form` \\(='zip'\\) must be one of packed, training"),
-        ({"provenance": {"when": object()}}, "must be plain JSON"),
-        ({"results": {"loss": float("nan")}}, "must be plain JSON"),
-        ({"results": {1: 2}}, "text keys"),
-        ({"input": INPUT | {"mean": [0.5] * 3}}, "cannot run on what `input` says, a batch of shape \\(2, 3, 8, 8\\)"),
-    ],
-)
-def test_bad_arguments(given: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        save(models.small(), tmp_path / "model.safetensors", **given)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a folder"):
-        save(models.small(), tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
-        save(models.small(), tmp_path / "no" / "model.safetensors")
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save(models.small(), path)
-    old = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(UserError, match="cannot be written: File too large"):
-            save(models.small(), path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert path.read_bytes() == old
-    assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
 def test_files_of_the_first_format_still_load() -> None:
