@@ -126,7 +126,7 @@ def papers(contents: list[Row]) -> str:
 SPARSE = {
     "resnet20": "ResNet-20 (91.73 %), recipe `sparse_shift`, 5 epochs",
     "shift_resnet20": "ShiftResNet-20, expansion 3, from nothing, 8 epochs",
-    "shift_resnet20x6": "ShiftResNet-20, expansion 6, from nothing, 40 epochs",
+    "shift_resnet20x6": "ShiftResNet-20, expansion 6, from nothing, 20 epochs",
 }
 
 

@@ -49,7 +49,8 @@ def calibrated(
     Raises:
         DataError: there are no images, or a tensor is not finite, or nothing but zero.
     """
-    observers = {place: _Observed(place, number, how).to(task.device) for place, number in bits.items()}
+    # On the CPU wherever the model is: looking for the best range takes thousands of steps, each a few numbers.
+    observers = {place: _Observed(place, number, how) for place, number in bits.items()}
     batches = [batch for batch in _first(task.calibration, how.calibration_images) if len(batch)]
     if not batches:
         raise DataError("calibration has no images; give the task some, or quantize weights only.")

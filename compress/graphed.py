@@ -18,20 +18,22 @@ WARM = 3  # steps before the recording, in which libraries choose their kernels 
 class GraphedStep:
     """Does what `update` does with images and labels, by a recording from the fourth batch of a shape on.
 
-    The recording holds one shape; batches of another, such as an epoch's last, are computed step by step. So is every
-    batch where a layer has to look at numbers on the CPU while it trains, which it says by `waits`.
+    The recording holds one shape; batches of another, such as an epoch's last, are computed step by step. So are all
+    batches for as long as a layer has to look at numbers on the CPU while it trains, which it says by `waits`.
     """
 
     def __init__(self, update: Update, model: nn.Module) -> None:
         self.update = update
-        self.records = not any(getattr(module, "waits", False) for module in model.modules())
+        self.records = True
+        self.waiting = [module for module in model.modules() if getattr(module, "waits", False)]
         self.warm = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.given: tuple[Tensor, Tensor] | None = None
         self.gives: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.records:
+        self.waiting = [module for module in self.waiting if module.waits]
+        if self.waiting or not self.records:
             return self.update(x, y)
         if self.given is None:
             self.given = x.clone(), y.clone()
@@ -61,13 +63,18 @@ class GraphedStep:
     def _record(self) -> bool:
         """Record `update`, which computes nothing yet; False where it cannot be recorded, which is said once."""
         assert self.given is not None
-        graph = torch.cuda.CUDAGraph()
+        graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
         torch.cuda.synchronize()
+        before = generator.get_state()
         try:
             with torch.cuda.graph(graph):
                 self.gives = self.update(*self.given)
         except RuntimeError as error:
             self.records = False
+            # The generator still believes that it is being recorded, and would refuse to draw: it gets a state anew.
+            anew = torch.Generator(device="cuda")
+            anew.set_state(before)
+            generator.graphsafe_set_state(anew.graphsafe_get_state())
             first = str(error).partition("\n")[0]
             warnings.warn(f"training steps are not recorded as a CUDA graph, which is slower: {first}", stacklevel=2)
             return False

@@ -136,7 +136,9 @@ class _Place:
                 torch.manual_seed(task.seed)
                 work = Work(entry.work, lineage, self.display, self.target)
                 try:
-                    edit = stage(model.to(task.device), task, work)
+                    # On a GPU too in float32 proper, and the same each time; training has flags of its own.
+                    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+                        edit = stage(model.to(task.device), task, work)
                 except (UserError, TrainingError) as error:
                     where = "model.train" if lineage == "base" else f"stages.{lineage.rpartition('/')[2]}"
                     raise type(error)(f"`{where}`: {error}") from error

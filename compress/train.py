@@ -28,7 +28,7 @@ from compress.errors import ConfigError, TrainingError
 from compress.files import write
 from compress.graphed import GraphedStep
 from compress.task import Batches, Task, Work
-from compress.training import Training, teacher_of
+from compress.training import Training, asked_often, teacher_of
 
 History = list[dict[str, Any]]
 LOOK_STEPS = 50  # on a GPU, how many steps there are from one look at the loss to the next
@@ -163,7 +163,7 @@ class _Run:
         self.penalties = [m for m in pulled if m.penalty().requires_grad]  # type: ignore[operator]  # ours
         self.teacher = teacher_of(settings, task) if settings.distill else None
         if self.teacher is not None:
-            _channels_last(self.teacher.to(task.device)).eval()
+            self.teacher = _channels_last(asked_often(self.teacher, task)).eval()
         elif settings.distill:
             raise ConfigError(
                 f"`distill` (={settings.distill}) needs a base to learn from; give a `teacher`, or set it to 0 here."

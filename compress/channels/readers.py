@@ -130,7 +130,7 @@ class Reader:
     def solved(self, normal: Normal, start: Tensor, gone: Tensor, ridge: float) -> Tensor:
         """The least-squares weights that are zero at the features `gone` (groups, features), pulled to `start`."""
         if self.mask is not None:
-            mask = self.mask.reshape(self.groups, len(self.mask) // self.groups, -1).mT
+            mask = self.mask.cpu().reshape(self.groups, len(self.mask) // self.groups, -1).mT
             support = mask & ~gone.unsqueeze(-1)
             if self.bias:
                 support = torch.cat((support, torch.ones_like(support[:, :1])), 1)

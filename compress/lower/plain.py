@@ -55,7 +55,7 @@ def lower(model: nn.Module, target: str, forms: Mapping[str, str] | None = None)
         elif is_ours(module):
             new = module.lower(target)  # type: ignore[operator]  # by its contract
         elif isinstance(module, FakeQuantize):
-            new = Grid(float(module.scale), int(module.zero_point), module.largest)
+            new = Grid(float(module.scale.detach()), int(module.zero_point), module.largest)
         if new is not module:
             lowered = replace(lowered, module, new.eval())
     if wanted:

@@ -73,13 +73,14 @@ class MaskedWeight(nn.Module):
             if by != "magnitude":
                 self.register_buffer("scores", torch.zeros(0))
         self._waiting = False  # for the first gradient of this step
+        self._ended = False  # the schedule, as far as was seen
 
     def forward(self, weight: Tensor) -> Tensor:
-        scheduled = self.steps and self.training and weight.requires_grad and not torch.compiler.is_compiling()
-        if scheduled:
+        trained = self.training and weight.requires_grad and not torch.compiler.is_compiling()
+        if trained and self.waits:
             self._catch_up(weight)
         masked = torch.where(self.mask, weight, 0.0)
-        if scheduled and masked.requires_grad:
+        if trained and self.waits and masked.requires_grad:
             self._waiting = True
             masked.register_hook(lambda gradient: self._learn(weight.detach(), gradient))  # type: ignore[no-untyped-call]  # in torch
         return masked
@@ -94,8 +95,8 @@ class MaskedWeight(nn.Module):
 
     @property
     def waits(self) -> bool:
-        """Whether training has to look at numbers on the CPU: which step this is, to see what is due."""
-        return self.steps > 0
+        """Whether training has to look at numbers on the CPU, to see what is due: until the schedule's end was seen."""
+        return self.steps > 0 and not self._ended
 
     def amount_at(self, step: int) -> float:
         """The share of zeros wanted after so many steps."""
@@ -119,6 +120,7 @@ class MaskedWeight(nn.Module):
         """Bring the mask to what the schedule wants by now; a second time does nothing."""
         step = int(self.step)
         due = step if step == self.steps else step - step % self.every
+        self._ended = due == self.steps
         if due == int(self.updated):
             return
         scores = weight.abs() if self.by == "magnitude" else self.scores

@@ -156,7 +156,7 @@ def shared_values(weights: Tensor, entries: int, start: str = "linear", iteratio
     weights there are. Where one is left without weights, the cluster with the largest squared error is divided at its
     mean. No more distinct weights than entries: these themselves, and no error at all.
     """
-    points = weights.detach().flatten().sort().values.double()
+    points = weights.detach().cpu().flatten().sort().values.double()  # a GPU's running sums differ from time to time
     distinct: Tensor = torch.unique_consecutive(points)
     if len(distinct) <= entries:
         return distinct.to(weights)

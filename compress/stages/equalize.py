@@ -275,7 +275,8 @@ def _absorb(pair: Pair, found: Mapping[str, nn.Module], normal: tuple[Tensor, Te
 def _normal(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of what a batch norm gives."""
     assert isinstance(norm, nn.BatchNorm2d)
-    zeros = torch.zeros(norm.num_features)
+    known = norm.running_mean
+    zeros = torch.zeros(norm.num_features, device=None if known is None else known.device)
     mean = zeros if norm.bias is None else norm.bias.detach().clone()
     return mean, zeros + 1 if norm.weight is None else norm.weight.detach().abs()
 

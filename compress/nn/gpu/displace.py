@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-POSITIONS, CHANNELS = 64, 64  # of the map and of its channels, handled by one program
-ROUNDS = 16  # blocks of positions that one program of the derivative's sum handles
+POSITIONS = 64  # of the map, handled by one program
+ROUNDS = 4  # blocks of positions that one program of the derivative's sum handles
 
 
 @cache
@@ -32,12 +32,14 @@ def move(x: Tensor, displacement: Tensor, stride: int, whole: bool) -> Tensor:
     `x` (N, C, H, W) of any floating type, `displacement` (C, 2) float32 as (dy, dx), whole numbers with `whole`.
     """
     n, c, h, w = x.shape
-    return _moved(x, displacement, (n, c, -(-h // stride), -(-w // stride)), stride, whole, adjoint=False)
+    return _made("move", x, displacement, (n, c, -(-h // stride), -(-w // stride)), stride, whole)
 
 
 def move_back(grad: Tensor, displacement: Tensor, shape: torch.Size, stride: int, whole: bool) -> Tensor:
     """The derivative of `move` after `x`, whose `shape` is given: its adjoint, applied to `grad`."""
-    return _moved(grad, displacement, tuple(shape), stride, whole, adjoint=True)
+    if stride == 1:
+        return _made("move", grad, -displacement, tuple(shape), stride, whole)
+    return _made("move_back", grad, displacement, tuple(shape), stride, whole)
 
 
 def slopes(x: Tensor, displacement: Tensor, grad: Tensor, stride: int) -> Tensor:
@@ -48,35 +50,32 @@ def slopes(x: Tensor, displacement: Tensor, grad: Tensor, stride: int) -> Tensor
     programs = -(-positions // (POSITIONS * ROUNDS))
     parts = torch.empty(programs, c, 2, dtype=torch.float32, device=x.device)
     sizes = positions, c, h, w, x.shape[2], x.shape[3]
-    strides = *x.stride(), *grad.stride()
     block = _block(c)
-    _kernels()["slopes"][programs, -(-c // block)](
-        x, displacement, grad, parts, *sizes, *strides, S=stride, P=POSITIONS, K=block, R=ROUNDS
+    _kernels().slopes[programs, -(-c // block)](
+        x, displacement, grad, parts, *sizes, *x.stride(), *grad.stride(), S=stride, P=POSITIONS, K=block, R=ROUNDS
     )
     return parts.sum(0)
 
 
-def _moved(x: Tensor, displacement: Tensor, shape: tuple[int, ...], stride: int, whole: bool, adjoint: bool) -> Tensor:
+def _made(kernel: str, x: Tensor, displacement: Tensor, shape: tuple[int, ...], stride: int, whole: bool) -> Tensor:
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     n, c, h, w = shape
     positions, block = n * h * w, _block(c)
     sizes = positions, c, h, w, x.shape[2], x.shape[3]
-    _kernels()["move"][-(-positions // POSITIONS), -(-c // block)](
-        x, displacement, y, *sizes, *x.stride(), *y.stride(), S=stride, P=POSITIONS, K=block, WHOLE=whole, BACK=adjoint
+    getattr(_kernels(), kernel)[-(-positions // POSITIONS), -(-c // block)](
+        x, displacement, y, *sizes, *x.stride(), *y.stride(), S=stride, P=POSITIONS, K=block, WHOLE=whole
     )
     return y
 
 
 def _block(channels: int) -> int:
-    """How many channels one program handles: a power of two."""
-    return min(CHANNELS, 1 << (channels - 1).bit_length())
+    """How many channels one program handles: a power of two, as Triton wants it, that leaves few over."""
+    return 64 if channels % 64 == 0 else min(32, 1 << (channels - 1).bit_length())
 
 
-@cache
-def _kernels() -> dict[str, Any]:
-    """The compiled kernels. Triton wants their source in a file, and itself imported first."""
-    from compress.nn.gpu import kernels
+def _kernels() -> Any:
+    from compress.nn.gpu import kernels  # imports Triton, which is not everywhere
 
-    return {"move": kernels.move, "slopes": kernels.slopes}
+    return kernels

@@ -3,7 +3,8 @@
 """The kernels of `displace`, in Triton's language: imported only where Triton is, and called through that file.
 
 A program handles P positions (image, row, column) of the map that is written, or summed over, and K channels. Strides
-are those of (N, C, H, W).
+are those of (N, C, H, W). What belongs to a position alone or to a channel alone is computed for that alone; for each
+number there is one addition and two comparisons.
 """
 
 from __future__ import annotations
@@ -13,50 +14,76 @@ import triton.language as tl
 
 
 @triton.jit
-def _at(x, n, c, row, column, height, width, fine, sn, sc, sh, sw):
-    """x[n, c, row, column] in float32; zero outside the map and where `fine` is false."""
-    fine = fine & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    return tl.load(x + n * sn + c * sc + row * sh + column * sw, mask=fine, other=0.0).to(tl.float32)
+def _positions(first, positions, height, width, P: tl.constexpr):
+    """Image, row and column of P positions, and whether they are there at all; each (P, 1)."""
+    p = first + tl.arange(0, P)[:, None]
+    return (p // (height * width)).to(tl.int64), p // width % height, p % width, p < positions
 
 
 @triton.jit
-def _back(at, S: tl.constexpr):
-    """The position at which a stride of S reads `at`, and -1 where it skips that."""
-    return tl.where((at >= 0) & (at % S == 0), at // S, -1)
+def _within(at, size):
+    return (at >= 0) & (at < size)
 
 
 @triton.jit
 def move(
     x, d, y, positions, channels, height, width, x_height, x_width, xn, xc, xh, xw, yn, yc, yh, yw,
-    S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr, BACK: tl.constexpr,
+    S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """y = x displaced by d (channels, 2), every S-th position of it; with BACK the adjoint of that."""
-    p = tl.program_id(0) * P + tl.arange(0, P)[:, None]
+    """y = x displaced by d (channels, 2), every S-th position of it."""
+    n, h, w, there = _positions(tl.program_id(0) * P, positions, height, width, P)
     c = tl.program_id(1) * K + tl.arange(0, K)[None, :]
-    fine = (p < positions) & (c < channels)
     dy = tl.load(d + 2 * c, mask=c < channels, other=0.0)
     dx = tl.load(d + 2 * c + 1, mask=c < channels, other=0.0)
-    n = (p // (height * width)).to(tl.int64)
-    h = p // width % height
-    w = p % width
-    top = tl.floor(dy)
-    left = tl.floor(dx)
+    top, left = tl.floor(dy), tl.floor(dx)
+    down, right = top.to(tl.int32), left.to(tl.int32)
+    fine = there & (c < channels)
+    start = x + (n * xn + (h * S) * xh + (w * S) * xw)
+    step = c * xc + down * xh + right * xw
+    row, column = h * S + down, w * S + right
+    if WHOLE:
+        inside = fine & _within(row, x_height) & _within(column, x_width)
+        total = tl.load(start + step, mask=inside, other=0.0).to(tl.float32)
+    else:
+        b, a = dy - top, dx - left
+        above, below = fine & _within(row, x_height), fine & _within(row + 1, x_height)
+        before, behind = _within(column, x_width), _within(column + 1, x_width)
+        place = start + step
+        total = tl.load(place, mask=above & before, other=0.0).to(tl.float32) * ((1 - b) * (1 - a))
+        total += tl.load(place + xw, mask=above & behind, other=0.0).to(tl.float32) * ((1 - b) * a)
+        total += tl.load(place + xh, mask=below & before, other=0.0).to(tl.float32) * (b * (1 - a))
+        total += tl.load(place + xh + xw, mask=below & behind, other=0.0).to(tl.float32) * (b * a)
+    tl.store(y + (n * yn + h * yh + w * yw) + c * yc, total.to(y.dtype.element_ty), mask=fine)
+
+
+@triton.jit
+def _taken(at, S: tl.constexpr):
+    """Where a stride of S puts the position `at`, and -1 where it skips that."""
+    return tl.where((at >= 0) & (at % S == 0), at // S, -1)
+
+
+@triton.jit
+def move_back(
+    g, d, y, positions, channels, height, width, g_height, g_width, gn, gc, gh, gw, yn, yc, yh, yw,
+    S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The adjoint of `move`, for strides above 1: y gets from g what went from y's positions to g's."""
+    n, h, w, there = _positions(tl.program_id(0) * P, positions, height, width, P)
+    c = tl.program_id(1) * K + tl.arange(0, K)[None, :]
+    dy = tl.load(d + 2 * c, mask=c < channels, other=0.0)
+    dx = tl.load(d + 2 * c + 1, mask=c < channels, other=0.0)
+    top, left = tl.floor(dy), tl.floor(dx)
+    fine = there & (c < channels)
     total = tl.zeros((P, K), tl.float32)
     for i in tl.static_range(1 if WHOLE else 2):
         for j in tl.static_range(1 if WHOLE else 2):
-            down = top.to(tl.int32) + i
-            right = left.to(tl.int32) + j
-            if BACK:
-                row = _back(h - down, S)
-                column = _back(w - right, S)
-            else:
-                row = h * S + down
-                column = w * S + right
-            value = _at(x, n, c, row, column, x_height, x_width, fine, xn, xc, xh, xw)
+            row, column = _taken(h - top.to(tl.int32) - i, S), _taken(w - left.to(tl.int32) - j, S)
+            inside = fine & _within(row, g_height) & _within(column, g_width)
+            value = tl.load(g + n * gn + (c * gc + row * gh + column * gw), mask=inside, other=0.0).to(tl.float32)
             if not WHOLE:
                 value *= (dy - top if i else 1 - (dy - top)) * (dx - left if j else 1 - (dx - left))
             total += value
-    tl.store(y + n * yn + c * yc + h * yh + w * yw, total.to(y.dtype.element_ty), mask=fine)
+    tl.store(y + (n * yn + h * yh + w * yw) + c * yc, total.to(y.dtype.element_ty), mask=fine)
 
 
 @triton.jit
@@ -68,29 +95,26 @@ def slopes(
     c = tl.program_id(1) * K + tl.arange(0, K)[None, :]
     dy = tl.load(d + 2 * c, mask=c < channels, other=0.0)
     dx = tl.load(d + 2 * c + 1, mask=c < channels, other=0.0)
-    top = tl.floor(dy)
-    left = tl.floor(dx)
-    b = dy - top
-    a = dx - left
-    down = top.to(tl.int32)
-    right = left.to(tl.int32)
+    top, left = tl.floor(dy), tl.floor(dx)
+    b, a = dy - top, dx - left
+    down, right = top.to(tl.int32), left.to(tl.int32)
+    step = c * xc + down * xh + right * xw
     by_y = tl.zeros((P, K), tl.float32)
     by_x = tl.zeros((P, K), tl.float32)
     for r in range(R):
-        p = (tl.program_id(0) * R + r) * P + tl.arange(0, P)[:, None]
-        fine = (p < positions) & (c < channels)
-        n = (p // (height * width)).to(tl.int64)
-        h = p // width % height
-        w = p % width
-        row = h * S + down
-        column = w * S + right
-        grad = tl.load(g + n * gn + c * gc + h * gh + w * gw, mask=fine, other=0.0).to(tl.float32)
-        here = _at(x, n, c, row, column, x_height, x_width, fine, xn, xc, xh, xw)
-        beside = _at(x, n, c, row, column + 1, x_height, x_width, fine, xn, xc, xh, xw)
-        below = _at(x, n, c, row + 1, column, x_height, x_width, fine, xn, xc, xh, xw)
-        across = _at(x, n, c, row + 1, column + 1, x_height, x_width, fine, xn, xc, xh, xw)
-        by_y += grad * ((1 - a) * (below - here) + a * (across - beside))
-        by_x += grad * ((1 - b) * (beside - here) + b * (across - below))
+        n, h, w, there = _positions((tl.program_id(0) * R + r) * P, positions, height, width, P)
+        fine = there & (c < channels)
+        grad = tl.load(g + (n * gn + h * gh + w * gw) + c * gc, mask=fine, other=0.0).to(tl.float32)
+        row, column = h * S + down, w * S + right
+        above, below = fine & _within(row, x_height), fine & _within(row + 1, x_height)
+        before, behind = _within(column, x_width), _within(column + 1, x_width)
+        place = x + (n * xn + (h * S) * xh + (w * S) * xw) + step
+        here = tl.load(place, mask=above & before, other=0.0).to(tl.float32)
+        beside = tl.load(place + xw, mask=above & behind, other=0.0).to(tl.float32)
+        under = tl.load(place + xh, mask=below & before, other=0.0).to(tl.float32)
+        across = tl.load(place + xh + xw, mask=below & behind, other=0.0).to(tl.float32)
+        by_y += grad * ((1 - a) * (under - here) + a * (across - beside))
+        by_x += grad * ((1 - b) * (beside - here) + b * (across - under))
     place = parts + (tl.program_id(0) * channels + c) * 2
     inside = c < channels
     tl.store(place, tl.sum(by_y, 0)[None, :], mask=inside)
