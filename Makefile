@@ -20,5 +20,5 @@ test: $(READY)
 # Once, and again when what is to be installed has changed. An environment that was left half made is made anew.
 $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,openvino]'
 	touch $@

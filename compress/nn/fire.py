@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.nn.geometry import spatial_config, unusual
+from compress.nn.geometry import spatial_config, take_channels, unusual
 
 
 class Fire(nn.Module):
@@ -74,7 +74,7 @@ class Fire(nn.Module):
         y: Tensor = self.expand3(x)
         if self.expand1 is not None:
             y = torch.cat((self.expand1(x), y), 1)
-        return torch.index_select(y, 1, self.order) if self.reorder else y
+        return take_channels(y, self.order) if self.reorder else y
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""

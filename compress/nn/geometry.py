@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _DEFAULTS = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
 
@@ -34,3 +35,11 @@ def unusual(layer: nn.Module) -> str:
         if value != default:
             text += f", {name}={value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value}"
     return text
+
+
+def take_channels(x: Tensor, order: Tensor) -> Tensor:
+    """The channels of x (N, C, H, W) that `order` names, in its order."""
+    if torch.compiler.is_compiling():
+        # In a file the map is flat meanwhile: OpenVINO 2026.4 takes other channels where a convolution follows.
+        return x.flatten(2).index_select(1, order).view(-1, len(order), *x.shape[2:])
+    return x.index_select(1, order)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.nn.geometry import spatial_config, unusual
+from compress.nn.geometry import spatial_config, take_channels, unusual
 
 
 class GroupedConv2d(nn.Module):
@@ -55,7 +55,7 @@ class GroupedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.groups > 1:
-            x = torch.index_select(x, 1, self.order)
+            x = take_channels(x, self.order)
         out: Tensor = self.grouped(x)
         return out
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.nn.geometry import pair
+from compress.nn.geometry import pair, take_channels
 
 
 def convolution_forms(places: Tensor, kernel: Tensor, pointwise: nn.Conv2d, like: nn.Module) -> dict[str, nn.Module]:
@@ -127,7 +127,7 @@ class Slices(nn.Module):
         self.parts = [(channels, dilation[0] * (p // kx), dilation[1] * (p % kx)) for p, channels in runs]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.index_select(1, self.order)
+        x = take_channels(x, self.order)
         if any(self.padding):
             x = F.pad(x, self.padding, mode=self.mode)
         ends = [size - reach for size, reach in zip(x.shape[-2:], self.reach, strict=True)]
@@ -158,7 +158,7 @@ class Moving(nn.Module):
         self.runs = list(_runs(stays.tolist()))
 
     def forward(self, x: Tensor) -> Tensor:
-        moved = self.move(x.index_select(1, self.moving))
+        moved = self.move(take_channels(x, self.moving))
         rest = iter(torch.split(moved, [n for stays, n in self.runs if not stays], 1))
         whole = torch.split(x, [n for _, n in self.runs], 1)
         return torch.cat([part if stays else next(rest) for part, (stays, _) in zip(whole, self.runs, strict=True)], 1)
