@@ -173,13 +173,6 @@ def _operator(kind: str, target: Any) -> str:
     return f"get_attr.{name}" if kind == "get_attr" else str(name)
 
 
-def operator_name(node: fx.Node) -> str:
-    """The name of the function or method that a traced node calls; "" for any other node."""
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
-
-
 def _refuse_frozen(node: fx.Node, model: nn.Module) -> None:
     place = node.meta.get("place", "")
     if node.op == "call_function":
