@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from compress.nn.places import trace
+from compress.nn.places import executed
 
 MOST_BYTES = 2**32  # of tensors that wait to be read; with more, the network is better run anew
 
@@ -28,7 +28,7 @@ class Walk:
 
     def __init__(self, model: nn.Module, images: Sequence[Tensor]) -> None:
         self.model, self.images = model, images
-        self.nodes = list(trace(model).nodes)
+        self.nodes = list(executed(model).nodes)
         place = {node: at for at, node in enumerate(self.nodes)}
         self.done: dict[int, list[fx.Node]] = {}  # after which operation what is not needed any more
         for node in self.nodes:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from compress.nn.places import operator_name, trace
+from compress.nn.flow import operator_name
+from compress.nn.places import trace
 from compress.surgery import kind
 
 MOST_BYTES = 2**32  # of tensors that wait to be read

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from compress.lower.fold import shown
-from compress.nn.places import operator_name, trace, traced_shapes
+from compress.nn.flow import operator_name
+from compress.nn.places import trace, traced_shapes
 from compress.stage import Keep
 from compress.surgery import is_ours, kind, leaves, output_layers
 

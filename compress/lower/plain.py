@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize
 from compress.lower.fold import fold_batch_norm
 from compress.nn.dynamic import DynamicLinear, DynamicPointwise
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
+from compress.nn.straight_through import requantized_units
+from compress.nn.units import known_units
 from compress.surgery import is_ours, kind, leaves, output_layers, replace
 
 
@@ -20,14 +22,20 @@ class Grid(nn.Module):
     """Puts a tensor on a fixed grid: `FakeQuantize` in arithmetic, bit for bit.
 
     torch's own operator cannot be exported with a dynamic batch (2.13: it has no kernel that only tells the shape).
+    `unit` is what it is in `compress.nn.units`.
     """
 
-    def __init__(self, scale: float, zero_point: int, largest: int) -> None:
+    unit: Tensor | None
+
+    def __init__(self, scale: float, zero_point: int, largest: int, unit: Tensor | None = None) -> None:
         super().__init__()
         self.scale, self.zero_point, self.largest = scale, zero_point, largest
         self.inverse = float(1 / torch.tensor(scale))  # in float32, as torch's kernel has it
+        self.register_buffer("unit", unit)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.unit is not None:
+            return requantized_units(x, self.unit, self.scale, -self.zero_point, self.largest - self.zero_point)
         integers = (x * self.inverse + self.zero_point).round().clamp(0, self.largest)
         return (integers - self.zero_point) * self.scale
 
@@ -43,6 +51,7 @@ def lower(model: nn.Module, target: str, forms: Mapping[str, str] | None = None)
         ValueError: `forms` names a layer or a form that there is not.
     """
     wanted = dict(forms or {})
+    units = known_units(model)
     lowered = copy.deepcopy(model).eval()
     for module in list(lowered.modules()):
         if parametrize.is_parametrized(module):
@@ -55,7 +64,7 @@ def lower(model: nn.Module, target: str, forms: Mapping[str, str] | None = None)
         elif is_ours(module):
             new = module.lower(target)  # type: ignore[operator]  # by its contract
         elif isinstance(module, FakeQuantize):
-            new = Grid(float(module.scale.detach()), int(module.zero_point), module.largest)
+            new = Grid(float(module.scale.detach()), int(module.zero_point), module.largest, units.get(name))
         if new is not module:
             lowered = replace(lowered, module, new.eval())
     if wanted:

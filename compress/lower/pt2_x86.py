@@ -14,7 +14,7 @@ namespace `quantized_decomposed`, which come with torch but are not registered b
         logits = model(images)
 
 The file says so itself: it is a zip archive, with the text under extra/README. Run without `torch.compile` it computes
-what the model computes, slowly; compiled, numbers half-way between two integers may round to the other one.
+what the model computes, slowly. Numbers half-way between two integers may round to the other one, compiled or not.
 
 A conversion to uint8 loses what exceeds the grid only at 255: where a grid has fewer integers, a clip in front of it
 says so, and the compiler takes that into the convolution as well.

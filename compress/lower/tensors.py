@@ -9,22 +9,11 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from compress.nn.flow import called, clips, is_one_of, moves, source
 from compress.nn.places import Placed
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
-from compress.surgery import is_ours, kind, output_layers
+from compress.surgery import output_layers
 
-# What moves numbers about without changing them: its output is on the same grid as its input.
-_MOVES = {
-    *("getitem", "pad", "max_pool2d", "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze"),
-    *("chunk", "split", "contiguous", "expand", "narrow", "select", "roll", "flip", "clone", "detach", "movedim"),
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unflatten", "unbind"),
-}
-_MOVING_LAYERS = {
-    *(nn.Identity, nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
-    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Dropout, nn.Dropout2d),
-}
-_CLIPS = {"relu", "relu_", "relu6", "clamp_min", "clamp_min_"}
-_CLIPPING_LAYERS = {nn.ReLU, nn.ReLU6}
 _ARITHMETIC = {"add", "iadd", "sub", "mul", "imul", "cat", "concat", "concatenate", "add_", "mul_"}
 # What stays among integers when its input comes from there, each with a grid of its own behind it.
 _FOLLOWING = {
@@ -116,43 +105,25 @@ class _Search:
             if node in quantized:
                 found.places.append(node.meta["place"])
             if self._layer(node):
-                source = self._source(node.all_input_nodes[0])
-                found.inputs.setdefault(str(node.target), []).append(
-                    source.meta["place"] if source in quantized else None
-                )
+                read = self._source(node.all_input_nodes[0])
+                found.inputs.setdefault(str(node.target), []).append(read.meta["place"] if read in quantized else None)
         return found
 
     def _layer(self, node: fx.Node) -> bool:
         return node.op == "call_module" and id(self.model.get_submodule(str(node.target))) in self.chosen
 
     def _is(self, node: fx.Node, names: Collection[str], layers: Collection[type[nn.Module]]) -> bool:
-        if node.op == "call_module":
-            return kind(self.model.get_submodule(str(node.target))) in layers
-        return node.op in ("call_function", "call_method") and _name(node) in names
+        return is_one_of(node, self.model, names, layers)
 
     def _moves(self, node: fx.Node) -> bool:
-        return (self._is(node, _MOVES, _MOVING_LAYERS) or self._shifts(node)) and bool(node.all_input_nodes)
-
-    def _shifts(self, node: fx.Node) -> bool:
-        """Whether this is a layer of ours without convolutions, which displaces its input by whole pixels."""
-        if node.op != "call_module":
-            return False
-        layer = self.model.get_submodule(str(node.target))
-        return is_ours(layer) and not output_layers(layer) and bool(getattr(layer, "integer", False))
-
-    def _clips(self, node: fx.Node) -> bool:
-        return self._is(node, _CLIPS, _CLIPPING_LAYERS)
+        return moves(node, self.model)
 
     def _source(self, node: fx.Node) -> fx.Node:
-        """The node whose numbers these are."""
-        while self._moves(node):
-            node = node.all_input_nodes[0]
-        return node
+        return source(node, self.model)
 
     def step(self, node: fx.Node) -> float | None:
         """The step of the grid that these numbers were put on; None if it was none."""
-        source = self._source(node)
-        grid = self.model.get_submodule(str(source.target)) if source.op == "call_module" else None
+        grid = called(self._source(node), self.model)
         return float(grid.scale) if isinstance(grid, FakeQuantize) else None
 
     def _makes(self, node: fx.Node) -> bool:
@@ -175,7 +146,7 @@ class _Search:
         following = node
         while len(following.users) == 1:
             following = next(iter(following.users))
-            if self._clips(following):
+            if clips(following, self.model):
                 return following
             if not self._is(following, (), {nn.Identity}):
                 break
@@ -192,7 +163,3 @@ class _Search:
             if self._moves(node) or self._is(node, _LAST, _LAST_LAYERS):
                 waiting.append(node.all_input_nodes[0])
         return found
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))

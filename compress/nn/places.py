@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from compress.nn.quantized import FakeQuantize
+from compress.nn.units import passing_units
 
 _RANDOM_IN_TRAINING = {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "rrelu", "batch_norm"}
 
@@ -26,10 +27,21 @@ _RANDOM_IN_TRAINING = {"dropout", "alpha_dropout", "feature_dropout", "feature_a
 class Placed(fx.GraphModule):
     """A traced model with its whole module tree as it was, and one more child, `quantizers`.
 
-    `places` tells which child of `quantizers` stands at which place.
+    `places` tells which child of `quantizers` stands at which place. In evaluation mode a quantizer behind a layer
+    rounds as the integer kernel does that a runtime makes of the two, see `compress.nn.units`.
     """
 
     places: dict[str, str]
+
+    def recompile(self) -> Any:
+        graph = self._graph
+        self._graph = passing_units(graph, self)
+        try:
+            code = super().recompile()
+        finally:
+            self._graph = graph
+        self._lineno_map = {}  # its lines are not those of `graph`, in which torch.compile would look them up
+        return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         # torch copies only what the graph mentions; containers, unused modules and attributes belong to the tree too
@@ -67,6 +79,11 @@ def trace(model: nn.Module) -> fx.Graph:
     if _text(graphs[0]) != _text(graphs[1]):
         raise ValueError("the forward computes something else in training mode, which a trace would freeze")
     return graphs[1]
+
+
+def executed(model: nn.Module) -> fx.Graph:
+    """The model's operations as its forward runs them: as in `trace`, where no quantizer stands behind a layer."""
+    return passing_units(model.graph, model) if isinstance(model, Placed) else trace(model)
 
 
 def traced_shapes(model: nn.Module, graph: fx.Graph, example: Tensor) -> dict[str, tuple[int, ...]]:
@@ -171,13 +188,6 @@ def _operator(kind: str, target: Any) -> str:
         return "input"
     name = target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
     return f"get_attr.{name}" if kind == "get_attr" else str(name)
-
-
-def operator_name(node: fx.Node) -> str:
-    """The name of the function or method that a traced node calls; "" for any other node."""
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
 def _refuse_frozen(node: fx.Node, model: nn.Module) -> None:

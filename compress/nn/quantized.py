@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from compress.nn.straight_through import rounded
+from compress.nn.straight_through import requantized, rounded
 
 STEPS = ("follow", "fixed", "learn")
 GRIDS = ("uniform", "power_of_two")
@@ -212,6 +212,11 @@ class FakeQuantize(nn.Module):
         """The largest integer of the grid; 255 for 8 bits."""
         return int(2**self.bits - 1)
 
+    @property
+    def highest(self) -> float:
+        """The largest number on the grid."""
+        return (self.largest - int(self.zero_point)) * float(self.scale.detach())
+
     @torch.no_grad()
     def set_range(self, scale: float, zero_point: int) -> None:
         """Fix the grid. Raises ValueError for a scale or a zero point that is none."""
@@ -222,8 +227,12 @@ class FakeQuantize(nn.Module):
         self.scale.fill_(scale)
         self.zero_point.fill_(zero_point)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, unit: Tensor | None = None) -> Tensor:
+        """`x` on the grid. In evaluation mode, numbers that are whole multiples of `unit` are rounded as such."""
         x = x.float()  # also under autocast: bfloat16 cannot hold the grid's values
+        if not self.training and unit is not None:
+            zero = int(self.zero_point) if x.is_cpu else self.zero_point
+            return requantized(x, unit, self.scale.detach(), -zero, self.largest - zero)
         if not self.training:
             return torch.fake_quantize_per_tensor_affine(x, self.scale.detach(), self.zero_point, 0, self.largest)
         if self.learn:

@@ -54,6 +54,36 @@ class _Rounded(torch.autograd.Function):
         return inside, share / scale * ctx.factor, None, None, None, None
 
 
+def requantized(x: Tensor, unit: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
+    """`x`, whole multiples of `unit` but for the error of float sums, on the grid, rounded as integer kernels do.
+
+    These have the whole number exactly, multiply it by the float32 number unit / scale and round that, ties to even.
+    `unit` broadcasts over `x`. The gradient passes through inside the range and is zero outside.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return requantized_units(x, unit, scale, low, high)
+    result: Tensor = _Requantized.apply(x, unit, scale, low, high)  # type: ignore[no-untyped-call]  # in torch
+    return result
+
+
+def requantized_units(x: Tensor, unit: Tensor, scale: Tensor | float, low: Bound, high: Bound) -> Tensor:
+    """`requantized` in core operators, without a gradient."""
+    return (x / unit).round_().mul_(unit / scale).round_().clamp_(low, high).mul_(scale)  # type: ignore[arg-type]  # both of a kind
+
+
+class _Requantized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, unit: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low * scale, high * scale
+        return requantized_units(x, unit, scale, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return _inside(gradient, x, *ctx.bounds), None, None, None, None
+
+
 def _inside(gradient: Tensor, x: Tensor, bottom: Tensor, top: Tensor) -> Tensor:
     """`gradient` where `x` is in the range, else zero."""
     if x.is_cpu and bottom.dim() == 0:  # one pass instead of four; elsewhere `float` would wait for the device

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from compress.errors import ConfigError
-from compress.nn.places import operator_name, trace, traced_shapes
+from compress.nn.flow import operator_name
+from compress.nn.places import trace, traced_shapes
 from compress.nn.pooled import PooledLinear
 from compress.reconstruct import Pairs, fit_convolution, plain_images
 from compress.stage import Edit, Keep
