@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-from alexnet_fire import FOLDER, SMALL, SMALL_TAUGHT, TAUGHT
+from alexnet_fire import FOLDER, SMALL, SMALL_TEACHER, TAUGHT
 from common import RESULTS, compress, data_root, figures, record
 
 DEEP = ("recipe=deep_compression", "stages.prune.amount=0.975", "stages.recover.epochs=6", "stages.polish.epochs=3")
@@ -34,7 +34,7 @@ def main() -> None:
     for name in sys.argv[1:] or [name for name in ROWS if name not in known]:
         if name not in ROWS:
             sys.exit(f"{name} is not one of {', '.join(ROWS)}")
-        taught = (*TAUGHT, *SMALL_TAUGHT[len(SMALL) :]) if name == "fire" else TAUGHT
+        taught = (*TAUGHT, SMALL_TEACHER) if name == "fire" else TAUGHT
         settings = (*ROWS[name], *taught, "model=alexnet", "data=cifar10", f"data.root={data_root()}", "measure=none")
         report, seconds = compress(FOLDER, *settings, out=name)
         row = {"name": name, "settings": [*ROWS[name]], "wall_seconds": round(seconds), **figures(report)}

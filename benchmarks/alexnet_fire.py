@@ -20,7 +20,7 @@ TEACHER = FOLDER / "teacher" / "base.safetensors"
 BASE = ("model.train.epochs=50", "model.train.lr=0.05", "+model.train.distill=0.7")
 TAUGHT = (*BASE, f"+model.train.teacher={TEACHER}")
 SMALL = ("stages.fire.squeeze=0.375", "stages.recover.epochs=30", "stages.recover.distill=0.7")
-SMALL_TAUGHT = (*SMALL, f"+stages.recover.teacher={TEACHER}")
+SMALL_TEACHER = f"+stages.recover.teacher={TEACHER}"
 
 
 def make_teacher() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
             sys.exit(f"{FOLDER} has no base yet: run seed 0 first, which trains it.")
         start = (f"model.weights={bases[0]}",) if seed else TAUGHT
         settings = ("recipe=alexnet_fire", "model=alexnet", "data=cifar10", f"data.root={data_root()}", f"seed={seed}")
-        report, seconds = compress(FOLDER, *settings, *start, *SMALL_TAUGHT, "measure=none", out=f"seed-{seed}")
+        report, seconds = compress(FOLDER, *settings, *start, *SMALL, SMALL_TEACHER, "measure=none", out=f"seed-{seed}")
         row = {"seed": seed, "settings": [*BASE, *SMALL], "wall_seconds": round(seconds), **figures(report)}
         rows = sorted([row, *(other for other in rows if other["seed"] != seed)], key=lambda row: row["seed"])
         record("alexnet_fire", rows, model="alexnet", data="CIFAR-10, 10,000 test images")

@@ -8,9 +8,10 @@ with a GPU say (the same settings, and `measure=none`), and measures only its ti
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from common import ROOT, cifar, compress, figures, finished, record
+from common import MODELS, ROOT, cifar, compress, figures, finished, record
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("recipe")
@@ -18,11 +19,16 @@ parser.add_argument("model", nargs="?", default="resnet20")
 parser.add_argument("settings", nargs="*")
 parser.add_argument("--finished", type=Path)
 given = parser.parse_args()
+if given.model not in MODELS:
+    sys.exit(f"MODEL (={given.model}) must be one of {', '.join(MODELS)}; settings come after it")
 folder = ROOT / "outputs" / "benchmarks" / "cifar10"
 folder.mkdir(parents=True, exist_ok=True)
 name = "-".join([given.recipe, given.model, *(each.replace("stages.", "") for each in given.settings)])
 if given.finished:
     report = finished(given.finished)
+    ran = (report["recipe"], report["model"]["factory"].rpartition(".")[2])
+    if ran != (given.recipe, given.model):
+        sys.exit(f"{given.finished} holds a run of {' on '.join(ran)}")
 else:
     report, _ = compress(folder, f"recipe={given.recipe}", *cifar(given.model), *given.settings, out=name)
 row = {"recipe": given.recipe, "model": given.model, "settings": given.settings, "seed": 0}

@@ -19,6 +19,7 @@ from compress.convert import convert
 from compress.measure import latency
 
 ROOT = Path(__file__).resolve().parents[1]
+MODELS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 RESULTS = Path(os.environ.get("COMPRESS_RESULTS") or Path(__file__).with_name("results"))
 
 
@@ -32,9 +33,8 @@ def data_root() -> Path:
 
 def cifar(model: str = "resnet20") -> list[str]:
     """Overrides for a published CIFAR-10 ResNet with its weights."""
-    weights = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}[model]
     root = data_root()
-    return ["data=cifar10", f"model={model}", f"data.root={root}", f"model.weights={root / 'weights' / weights}"]
+    return ["data=cifar10", f"model={model}", f"data.root={root}", f"model.weights={root / 'weights' / MODELS[model]}"]
 
 
 def compress(folder: Path, *overrides: str, out: str = "out") -> tuple[dict[str, Any], float]:
@@ -93,7 +93,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         "base_latency": base["latency"],
         "parity": {export["file"]: export["parity"] for export in report["exports"]},
         "seconds": {row["name"]: round(row["seconds"], 1) for row in report["rows"]},
-        "on": where(report["hardware"]),
+        "on": where(report["hardware"] | ({"gpu": None} if report["device"] == "cpu" else {})),
     }
     return chosen
 

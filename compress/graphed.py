@@ -24,31 +24,32 @@ class GraphedStep:
 
     def __init__(self, update: Update, model: nn.Module) -> None:
         self.update = update
-        self.records = True
-        self.waiting = [module for module in model.modules() if getattr(module, "waits", False)]
+        self.refused = False
+        self.awaited = [module for module in model.modules() if getattr(module, "waits", False)]
         self.warm = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.given: tuple[Tensor, Tensor] | None = None
-        self.gives: tuple[Tensor, Tensor] | None = None
+        self.inputs: tuple[Tensor, Tensor] | None = None
+        self.outputs: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        self.waiting = [module for module in self.waiting if module.waits]
-        if self.waiting or not self.records:
+        self.awaited = [module for module in self.awaited if module.waits]
+        if self.awaited or self.refused:
             return self.update(x, y)
-        if self.given is None:
-            self.given = x.clone(), y.clone()
-        if x.shape != self.given[0].shape:
+        if self.inputs is None or len(x) > len(self.inputs[0]):
+            self.inputs, self.warm, self.graph = (x.clone(), y.clone()), 0, None
+        if x.shape != self.inputs[0].shape:
             return self.update(x, y)
-        if self.warm < WARM:
-            self.warm += 1
-            return self._aside(x, y)
-        if self.graph is None and not self._record():
-            return self.update(x, y)
-        assert self.graph is not None and self.gives is not None
-        for mine, theirs in zip(self.given, (x, y), strict=True):
-            mine.copy_(theirs)
-        self.graph.replay()
-        loss, correct = self.gives
+        with torch.cuda.device(x.device):
+            if self.warm < WARM:
+                self.warm += 1
+                return self._aside(x, y)
+            if self.graph is None and not self._record():
+                return self.update(x, y)
+            assert self.graph is not None and self.outputs is not None
+            for mine, theirs in zip(self.inputs, (x, y), strict=True):
+                mine.copy_(theirs)
+            self.graph.replay()
+        loss, correct = self.outputs
         return loss.clone(), correct.clone()
 
     def _aside(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,21 +63,29 @@ class GraphedStep:
 
     def _record(self) -> bool:
         """Record `update`, which computes nothing yet; False where it cannot be recorded, which is said once."""
-        assert self.given is not None
-        graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
-        torch.cuda.synchronize()
+        assert self.inputs is not None
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.get_state()
         try:
             with torch.cuda.graph(graph):
-                self.gives = self.update(*self.given)
+                self.outputs = self.update(*self.inputs)
         except RuntimeError as error:
-            self.records = False
-            # The generator still believes that it is being recorded, and would refuse to draw: it gets a state anew.
-            anew = torch.Generator(device="cuda")
+            self.refused = True
+            # torch is still on the recording's stream, and its generator believes that it is being recorded.
+            torch.cuda.set_stream(stream)
+            anew = torch.Generator(device=stream.device)
             anew.set_state(before)
             generator.graphsafe_set_state(anew.graphsafe_get_state())
-            first = str(error).partition("\n")[0]
-            warnings.warn(f"training steps are not recorded as a CUDA graph, which is slower: {first}", stacklevel=2)
+            why = str(_first(error)).partition("\n")[0]
+            warnings.warn(f"training steps are not recorded as a CUDA graph, which is slower: {why}", stacklevel=2)
             return False
         self.graph = graph
         return True
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that the others followed from."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

@@ -42,7 +42,9 @@ def make(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
         lr = torch.tensor(lr, device=parameters[0].device) if cuda else lr
         listed.append({"params": parameters, "lr_scale": scale, "weight_decay": decay, "lr": lr})
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(listed, fused=True, capturable=cuda)
+        adamw: Any = torch.optim.AdamW(listed, fused=True, capturable=cuda)
+        adamw._warned_capturable_if_run_uncaptured = True  # some steps are not recorded, and torch need not say so
+        return adamw  # type: ignore[no-any-return]  # its flag is private
     momentum = settings.momentum
     return torch.optim.SGD(listed, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
 

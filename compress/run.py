@@ -136,7 +136,7 @@ class _Place:
                 torch.manual_seed(task.seed)
                 work = Work(entry.work, lineage, self.display, self.target)
                 try:
-                    # On a GPU too in float32 proper, and the same each time; training has flags of its own.
+                    # On a GPU too in float32 proper, and the same each time.
                     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
                         edit = stage(model.to(task.device), task, work)
                 except (UserError, TrainingError) as error:

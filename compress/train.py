@@ -28,7 +28,7 @@ from compress.errors import ConfigError, TrainingError
 from compress.files import write
 from compress.graphed import GraphedStep
 from compress.task import Batches, Task, Work
-from compress.training import Training, asked_often, teacher_of
+from compress.training import Training, answering, teacher_of
 
 History = list[dict[str, Any]]
 LOOK_STEPS = 50  # on a GPU, how many steps there are from one look at the loss to the next
@@ -65,7 +65,8 @@ def fit(model: nn.Module, task: Task, work: Work, settings: Training) -> tuple[n
     """Train `model` on `task.train`; gives back the trained model in eval mode and one record for each epoch.
 
     The state is stored in `work.folder` after each epoch: a run that was killed goes on with the epoch it was in, and
-    ends in the same bytes.
+    ends in the same bytes. (On a GPU too, but for networks with max pools that overlap or padding that reflects: there
+    torch adds up their gradients in any order.)
 
     Raises:
         ConfigError: distillation without a base model, frozen batch norm without any.
@@ -89,7 +90,7 @@ def fit(model: nn.Module, task: Task, work: Work, settings: Training) -> tuple[n
         if settings.batch_norm == "frozen":
             for norm in norms:
                 norm.eval()
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             for step, (x, y) in enumerate(task.train.epoch(work.seed(task.seed, "batches", epoch))):
                 loss, correct = run.step(x.to(task.device), y.to(task.device), epoch + step / steps)
                 tally.add(loss, correct, len(y))
@@ -111,7 +112,7 @@ class _Tally:
         self.settings, self.state, self.epoch = settings, state, epoch
         self.steps, self.seen, self.right, self.total = 0, 0, 0, 0.0
         self.waiting: list[tuple[Tensor, Tensor, int]] = []
-        self.text = ""
+        self.text = f"epoch {epoch + 1}"
 
     def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
         self.waiting.append((loss, correct, images))
@@ -163,7 +164,7 @@ class _Run:
         self.penalties = [m for m in pulled if m.penalty().requires_grad]  # type: ignore[operator]  # ours
         self.teacher = teacher_of(settings, task) if settings.distill else None
         if self.teacher is not None:
-            self.teacher = _channels_last(asked_often(self.teacher, task)).eval()
+            self.teacher = _channels_last(answering(self.teacher, task)).eval()
         elif settings.distill:
             raise ConfigError(
                 f"`distill` (={settings.distill}) needs a base to learn from; give a `teacher`, or set it to 0 here."
@@ -218,7 +219,8 @@ class _Run:
             score = record["val_top1"]
             if self.task.val_seen and self.task.teacher is not None:
                 if self.wanted is None:
-                    self.wanted = logits(self.task.teacher, self.task.val, self.task.device)[0]
+                    base = self.task.teacher.to(self.task.device)
+                    self.wanted = logits(base, self.task.val, self.task.device)[0]
                 score = -divergence(outputs, self.wanted)
             if score > self.best_score:
                 self.best_score = score
@@ -276,6 +278,7 @@ class _Run:
             parameter = parameters[parameter_name]
             if tensor.dim():
                 tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            tensor = tensor.to(parameter.device)
             self.optimizer.state[parameter][key] = tensor
         self.best, self.best_score = parts["best"], notes["best_score"]
         self.history = notes["history"]

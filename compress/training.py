@@ -18,7 +18,7 @@ from compress.surgery import kind
 from compress.task import Task
 
 SCHEDULES = ("cosine", "step")
-CAST = (nn.Conv2d, nn.Linear)  # what autocast computes in bfloat16, casting its weights each time
+AUTOCAST = (nn.Conv2d, nn.Linear)  # what autocast computes in bfloat16, casting its weights each time
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,16 @@ def teacher_of(settings: Training, task: Task) -> nn.Module | None:
     return teacher
 
 
-def asked_often(teacher: nn.Module, task: Task) -> nn.Module:
+def answering(teacher: nn.Module, task: Task) -> nn.Module:
     """The teacher on the task's device. On a GPU, where each kernel counts, norms are folded and weights cast once."""
     if task.device.type == "cpu" or task.precision == "float32":
         return teacher.to(task.device)
     teacher = copy.deepcopy(teacher).to(task.device).eval()
     fold_batch_norm(teacher)
     return (
-        teacher.bfloat16() if all(kind(module) in CAST for module in teacher.modules() if _holds(module)) else teacher
+        teacher.bfloat16()
+        if all(kind(module) in AUTOCAST for module in teacher.modules() if _holds(module))
+        else teacher
     )
 
 

@@ -49,9 +49,11 @@ from compress.task import Task, Work
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch finds no CUDA device"),
     pytest.mark.filterwarnings("default"),  # what drivers and other versions of torch warn of is not asked here
+    pytest.mark.filterwarnings("error:training steps are not recorded"),
 ]
 
-TRAINED: dict[str, Any] = {"epochs": 1, "lr": 0.01}
+# More steps than are made before one is recorded, with two batches an epoch.
+TRAINED: dict[str, Any] = {"epochs": 3, "lr": 0.01}
 SHIFT, INT8 = QUICK["Shift"], QUICK["Quantize"]
 # One stage at settings that take another way through it, the last of its list; the others go before.
 WAYS: dict[str, list[Stage]] = {

@@ -1,8 +1,9 @@
-"""The kernels for GPUs against the convolutions that the CPU takes; without a GPU, in Triton's interpreter."""
+"""The kernels for GPUs against the convolutions of the CPU; without a GPU in Triton's interpreter, if it is there."""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from compress.nn.shift import ShiftConv2d
 from compress.nn.taps import round_half_away
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
+if DEVICE == "cpu" and find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton", reason="Triton comes with torch's builds for GPUs")
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from compress import train
 from compress.data import digits, make_task
 from compress.graphed import WARM, GraphedStep
 from compress.models import small
 from compress.nn.masked import MaskedWeight, put_mask
-from compress.stages import FineTune, Prune, Quantize
+from compress.stage import Stage
+from compress.stages import Cluster, FineTune, Prune, Quantize, Shift
 from compress.task import Task, Work
 from compress.train import fit
 
@@ -24,27 +28,34 @@ def the_task() -> Task:
     return make_task(digits(limit=300), device="cuda", batch_size=32, seed=0)
 
 
+def both_ways(
+    model: nn.Module, task: Task, settings: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[nn.Module, nn.Module]:
+    """The model after the same training by recorded steps, and by steps that are not."""
+    trained = []
+    for records in (True, False):
+        work = Work(folder / f"recorded {records}", "base")
+        work.folder.mkdir()
+        with monkeypatch.context() as patch:
+            if not records:
+                patch.setattr("compress.train.GraphedStep", lambda update, _: update)
+            trained.append(fit(copy.deepcopy(model), task, work, FineTune(**settings))[0])
+    return trained[0], trained[1]
+
+
 @needs_gpu
 @pytest.mark.parametrize(
     "settings", [{}, {"distill": 0.5}, {"clip": 1.0, "average": 0.9}, {"optimizer": "adamw", "lr": 1e-3}], ids=str
 )
 def test_it_trains_as_steps_do_that_are_not_recorded(
-    settings: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = the_task()
     torch.manual_seed(0)
     model = small(10, 1)
-    task = Task(**{**vars(task), "teacher": copy.deepcopy(model).cuda()})
-    trained = []
-    for records in (True, False):
-        if not records:
-            monkeypatch.setattr("compress.train.GraphedStep", lambda update, model: update)
-        work = Work(tmp_path / str(records), "base")
-        work.folder.mkdir()
-        given = {"epochs": 3, "lr": 0.05, **settings}
-        trained.append(fit(copy.deepcopy(model), task, work, FineTune(**given))[0])  # type: ignore[arg-type]
-    for (name, a), b in zip(trained[0].state_dict().items(), trained[1].state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    task = replace(the_task(), teacher=copy.deepcopy(model).cuda())
+    a, b = both_ways(model, task, {"epochs": 3, "lr": 0.05, **settings}, tmp_path, monkeypatch)
+    for name, tensor in a.state_dict().items():
+        torch.testing.assert_close(tensor, b.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 @needs_gpu
@@ -86,8 +97,10 @@ def test_what_cannot_be_recorded_is_computed_and_said() -> None:
     x, y = torch.randn(8, 3).cuda(), torch.arange(8).cuda()
     for _ in range(WARM):
         step(x, y)
-    with pytest.warns(UserWarning, match="not recorded as a CUDA graph"):
+    stream = torch.cuda.current_stream()
+    with pytest.warns(UserWarning, match="not recorded as a CUDA graph.*capturing"):
         loss, _ = step(x, y)
+    assert torch.cuda.current_stream() == stream
     torch.testing.assert_close(loss, layer(x).sum().cpu())
     assert float(step(x, y)[0]) == float(loss)
     torch.manual_seed(1)
@@ -96,18 +109,54 @@ def test_what_cannot_be_recorded_is_computed_and_said() -> None:
     assert torch.equal(drawn, torch.rand(3, device="cuda"))
 
 
+WAYS: dict[str, list[Stage]] = {
+    "mask": [Prune(amount=0.5, images=64)],
+    "mask, rising": [Prune(amount=0.5, schedule="cubic", epochs=1)],
+    "shared": [Prune(amount=0.3, images=64), Cluster(bits=3)],
+    "int8": [Quantize()],
+    "learned steps": [Quantize(weight_bits=4, learn=True)],
+    "shift": [Shift(taps=2, learn=True, l1=1e-3, images=64)],
+}
+
+
 @needs_gpu
-@pytest.mark.parametrize(
-    "stages", [[Prune(amount=0.5, schedule="cubic", epochs=1)], [Quantize()]], ids=["mask", "int8"]
-)
-def test_compressed_layers_train(stages: list[Prune | Quantize], tmp_path: Path) -> None:
-    model: nn.Module = small(10, 1).cuda()
+@pytest.mark.filterwarnings("error:training steps are not recorded")
+@pytest.mark.parametrize("way", WAYS)
+def test_compressed_layers_train_as_they_do_step_by_step(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = the_task()
-    for stage in (*stages, FineTune(epochs=2, lr=1e-3)):
-        folder = tmp_path / type(stage).__name__
-        folder.mkdir()
-        model = stage(model, task, Work(folder, "base")).model
-    assert all(bool(t.isfinite().all()) for t in model.state_dict().values())
+    model: nn.Module = small(10, 1).cuda()
+    for number, stage in enumerate(WAYS[way]):
+        (tmp_path / str(number)).mkdir()
+        model = stage(model, task, Work(tmp_path / str(number), "base")).model
+    a, b = both_ways(model, task, {"epochs": 2, "lr": 1e-3}, tmp_path, monkeypatch)
+    for name, tensor in a.state_dict().items():
+        torch.testing.assert_close(tensor, b.state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_that_was_killed_ends_in_the_same_bytes(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, settings = the_task(), FineTune(epochs=3, lr=1e-3, optimizer=optimizer)
+    torch.manual_seed(0)
+    model = small(10, 1)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = fit(copy.deepcopy(model), task, Work(tmp_path / "whole", "base"), settings)[0].state_dict()
+    store = train._Run.store
+
+    def dies(run: train._Run, path: Path, epochs: int) -> None:
+        store(run, path, epochs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train._Run, "store", dies)
+        fit(copy.deepcopy(model), task, Work(tmp_path / "killed", "base"), settings)
+    resumed = fit(copy.deepcopy(model), task, Work(tmp_path / "killed", "base"), settings)[0].state_dict()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
 def test_a_mask_waits_until_its_schedule_has_ended() -> None:

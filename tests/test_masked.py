@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,17 @@ def test_mistakes_are_told() -> None:
             MaskedWeight(**settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`pattern` \(='2/4'\) must read N:M"):
         parsed("2/4")
+
+
+def test_a_schedule_that_had_ended_goes_on_from_an_earlier_state() -> None:
+    layer = nn.Linear(4, 4)
+    put_mask(layer, MaskedWeight(amount=0.5, schedule="linear", steps=3), torch.ones(4, 4, dtype=torch.bool))
+    early = copy.deepcopy(layer.state_dict())
+    for _ in range(5):
+        layer(torch.ones(1, 4)).sum().backward()
+    assert float((layer.weight == 0).float().mean()) == 0.5
+    layer.load_state_dict(early)
+    assert float((layer.weight == 0).float().mean()) == 0.0
+    for _ in range(5):
+        layer(torch.ones(1, 4)).sum().backward()
+    assert float((layer.weight == 0).float().mean()) == 0.5

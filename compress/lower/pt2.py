@@ -40,7 +40,8 @@ def export_pt2(
     torch.export.save(program, content)
     write(path, content.getvalue())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own pytree code, and buffers that it only reads, on every load
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree code, on every load
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.11 only reads it
         file = torch.export.load(path).module()
     rows = parity(copy.deepcopy(model).cpu().eval(), file, example)
     return {"file": str(path), "bytes": path.stat().st_size, "parity": rows}

@@ -93,6 +93,10 @@ class MaskedWeight(nn.Module):
                 self.scores = torch.zeros_like(weight)
         return weight
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._ended = False  # the loaded state may lie before it
+        super()._load_from_state_dict(*arguments)
+
     @property
     def waits(self) -> bool:
         """Whether training has to look at numbers on the CPU, to see what is due: until the schedule's end was seen."""

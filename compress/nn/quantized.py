@@ -86,6 +86,9 @@ class FakeQuantizeWeight(nn.Module):
                 self.follow(weight)
             if self.grid == "power_of_two":
                 quantized = rounded(runs, self._column(), low, high, nearest=nearest_power)
+            elif self.training and weight.is_cuda:  # torch's own function looks at the zero points on the CPU
+                lowest, highest = self.bounds
+                quantized = rounded(runs, self._column(), lowest.unsqueeze(1), highest.unsqueeze(1))
             else:
                 scale, zero = self.scale.detach(), self._zeros()
                 quantized = torch.fake_quantize_per_channel_affine(runs, scale, zero, 0, low, high)

@@ -31,7 +31,7 @@ class ShiftConv2d(nn.Module):
     Maps (N, in_channels, H, W) as the k x k convolution of the same stride, padding, dilation and groups does. It is
     that convolution with at most `taps` non-zero positions for each input channel, and is computed so: the pointwise
     weights and the displacements are composed into one dense kernel, which trains as fast as the convolution. One copy
-    that does not learn is moved by a depthwise convolution instead, which is several times as fast.
+    that does not learn is moved by itself instead, by a depthwise convolution or, on a GPU, by kernels of our own.
 
     `displacement` is (in_channels, taps, 2) in (y, x), see `taps`. Column `c * taps + t` of `pointwise.weight` belongs
     to copy t of input channel c. With `learn` the displacements are trained, with `quantize` they are rounded in every

@@ -22,8 +22,8 @@ that do not get cheaper by it (in time: at least 10 % in the target runtime) are
 
 Measured. See the tables in README.md and benchmarks/README.md. With `normalize`, displacements hardly leave their grid
 point in a short fine-tuning; without it `l1` zeroes many, and costs accuracy (`benchmarks/sparse_shift.py`). On a GPU
-one copy takes 2 to 4 times as long as the pointwise convolution alone, longer than cuDNN's depthwise one does
-(`benchmarks/shift_cuda.py`): there it buys bytes.
+one copy makes a layer's forward pass 2 to 4 times as long as the pointwise convolution's alone, longer than cuDNN's
+depthwise one does (`benchmarks/shift_cuda.py`): there it buys bytes.
 
 Reference. Wu et al., CVPR 2018; Jeon & Kim, NeurIPS 2018; Chen et al., CVPR 2019.
 """

@@ -51,9 +51,10 @@ def slopes(x: Tensor, displacement: Tensor, grad: Tensor, stride: int) -> Tensor
     parts = torch.empty(programs, c, 2, dtype=torch.float32, device=x.device)
     sizes = positions, c, h, w, x.shape[2], x.shape[3]
     block = _block(c)
-    _kernels().slopes[programs, -(-c // block)](
-        x, displacement, grad, parts, *sizes, *x.stride(), *grad.stride(), S=stride, P=POSITIONS, K=block, R=ROUNDS
-    )
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # untyped in torch
+        _kernels().slopes[programs, -(-c // block)](
+            x, displacement, grad, parts, *sizes, *x.stride(), *grad.stride(), S=stride, P=POSITIONS, K=block, R=ROUNDS
+        )
     return parts.sum(0)
 
 
@@ -64,9 +65,10 @@ def _made(kernel: str, x: Tensor, displacement: Tensor, shape: tuple[int, ...], 
     n, c, h, w = shape
     positions, block = n * h * w, _block(c)
     sizes = positions, c, h, w, x.shape[2], x.shape[3]
-    getattr(_kernels(), kernel)[-(-positions // POSITIONS), -(-c // block)](
-        x, displacement, y, *sizes, *x.stride(), *y.stride(), S=stride, P=POSITIONS, K=block, WHOLE=whole
-    )
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # untyped in torch
+        getattr(_kernels(), kernel)[-(-positions // POSITIONS), -(-c // block)](
+            x, displacement, y, *sizes, *x.stride(), *y.stride(), S=stride, P=POSITIONS, K=block, WHOLE=whole
+        )
     return y
 
 
