@@ -1,10 +1,11 @@
 """Int8 without training beside other tools' of the same float network: `peers.py [NETWORK ...]`.
 
 onnxruntime's own static quantization and NNCF's (where it is installed), each with its defaults for convolutional
-networks, weights per channel, and the same calibration images; ours is `Quantize` and `CorrectBias`. Top-1 is that of
-the ONNX files in onnxruntime; over the same images it is counted how often ours in torch gives the answer of its own
-file. Times are ratios of ours to theirs, measured in turns, onnxruntime's in onnxruntime and NNCF's in OpenVINO. Do it
-when nothing else runs.
+networks, weights per channel, and the same calibration images; ours is recipe `int8`, which is `Quantize` alone, and
+beside it the same with `CorrectBias`. Top-1 is that of the ONNX files in onnxruntime, with the paired difference of ours
+to each; how far a file is from the float network is told by the divergence of its answers. Over the same images it is
+counted how often ours in torch gives the answer of its own file. Times are ratios of ours to theirs, measured in turns,
+onnxruntime's in onnxruntime and NNCF's in OpenVINO. Do it when nothing else runs.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from torch import Tensor, nn
 
 from compress.data import cifar10, make_task
 from compress.lower import export_onnx
-from compress.measure import accuracy, latency
+from compress.measure import accuracy, latency, paired
 from compress.models import mobilenet_v1, resnet20, resnet56
 from compress.models.weights import load_weights
 from compress.stages import CorrectBias, Quantize
 from compress.task import Task, Work
-from compress.train import logits
+from compress.train import divergence, logits
 
 CIFAR = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 IMAGES = 1000  # that ranges are calibrated on
@@ -99,7 +100,7 @@ def by_nncf(source: Path, path: Path, task: Task) -> Path:
 
 
 def answers(path: Path, task: Task) -> Tensor:
-    """The classes that the file names for the test images: (images,)."""
+    """The file's logits for the test images: (images, classes)."""
     options = onnxruntime.SessionOptions()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     outputs = [
@@ -107,7 +108,7 @@ def answers(path: Path, task: Task) -> Tensor:
         for images, _ in task.test
         for part in images.split(100)
     ]
-    return torch.cat(outputs).argmax(1)
+    return torch.cat(outputs)
 
 
 def compared(network: str, folder: Path) -> Row:
@@ -116,8 +117,10 @@ def compared(network: str, folder: Path) -> Row:
     files = {"float": folder / "float.onnx", "ours": folder / "ours.onnx"}
     export_onnx(model, example, files["float"], input=task.input)
     ours = Quantize(calibration_images=IMAGES)(copy.deepcopy(model), task, Work(folder)).model
-    ours = CorrectBias()(ours, task, Work(folder)).model
     export_onnx(ours, example, files["ours"], input=task.input)
+    in_torch, labels = logits(ours, task.test, torch.device("cpu"))
+    files["ours, corrected"] = folder / "corrected.onnx"
+    export_onnx(CorrectBias()(ours, task, Work(folder)).model, example, files["ours, corrected"], input=task.input)
     files["onnxruntime"] = by_onnxruntime(files["float"], folder / "onnxruntime.onnx", task)
     peers = {"onnxruntime": "onnxruntime"}
     if find_spec("nncf") is not None:
@@ -125,9 +128,11 @@ def compared(network: str, folder: Path) -> Row:
         peers["nncf"] = "openvino"
     row: Row = {"network": network, "bytes": {name: path.stat().st_size for name, path in files.items()}}
     named = {name: answers(path, task) for name, path in files.items()}
-    in_torch, labels = logits(ours, task.test, torch.device("cpu"))
-    row["accuracy"] = {name: accuracy(int((each == labels).sum()), len(labels)) for name, each in named.items()}
-    row["torch_agrees_percent"] = 100 * float((in_torch.argmax(1) == named["ours"]).float().mean())
+    right = {name: each.argmax(1) == labels for name, each in named.items()}
+    row["accuracy"] = {name: accuracy(int(each.sum()), len(labels)) for name, each in right.items()}
+    row["ours_against"] = {name: paired(each, right["ours"]) for name, each in right.items() if name != "ours"}
+    row["divergence"] = {name: divergence(each, named["float"]) for name, each in named.items()}
+    row["torch_agrees_percent"] = 100 * float((in_torch.argmax(1) == named["ours"].argmax(1)).float().mean())
     row["latency"] = {
         f"{peer}, batch {batch}": {
             name: asdict(each)

@@ -17,7 +17,7 @@ from compress import checkpoint
 from compress.errors import ConfigError, DataError
 from compress.models import small
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight, nearest_power
-from compress.nn.straight_through import rounded
+from compress.nn.straight_through import fake_quantized
 from compress.stage import Edit
 from compress.stages.quantize import Quantize
 from compress.task import Task, Work
@@ -291,8 +291,8 @@ def test_weights_are_rounded_alike_where_torch_would_wait_for_the_cpu(symmetric:
     grid = FakeQuantizeWeight(bits, channels=6, symmetric=symmetric)
     weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
     expected = grid.train()(weight)  # torch's own function, on the CPU
-    low, high = grid.bounds
-    given = rounded(weight.view(6, -1), grid.scale.unsqueeze(1), low.unsqueeze(1), high.unsqueeze(1)).view_as(weight)
-    torch.testing.assert_close(given, expected, rtol=0, atol=1e-6)
+    zero = torch.zeros(6) if symmetric else grid.zero_point
+    given = fake_quantized(weight.view(6, -1), grid.scale.unsqueeze(1), zero.unsqueeze(1), *grid.limits).view_as(weight)
+    assert torch.equal(given, expected)
     gradients = [torch.autograd.grad(each.square().sum(), weight)[0] for each in (given, expected)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
+    assert torch.equal(*gradients)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from compress.nn.straight_through import requantized, rounded
+from compress.nn.straight_through import fake_quantized, requantized, rounded
 
 STEPS = ("follow", "fixed", "learn")
 GRIDS = ("uniform", "power_of_two")
@@ -86,9 +86,8 @@ class FakeQuantizeWeight(nn.Module):
                 self.follow(weight)
             if self.grid == "power_of_two":
                 quantized = rounded(runs, self._column(), low, high, nearest=nearest_power)
-            elif self.training and weight.is_cuda:  # torch's own function looks at the zero points on the CPU
-                lowest, highest = self.bounds
-                quantized = rounded(runs, self._column(), lowest.unsqueeze(1), highest.unsqueeze(1))
+            elif self.training and weight.is_cuda:
+                quantized = fake_quantized(runs, self._column(), self._zeros().unsqueeze(1), low, high)
             else:
                 scale, zero = self.scale.detach(), self._zeros()
                 quantized = torch.fake_quantize_per_channel_affine(runs, scale, zero, 0, low, high)

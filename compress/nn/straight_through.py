@@ -54,6 +54,14 @@ class _Rounded(torch.autograd.Function):
         return inside, share / scale * ctx.factor, None, None, None, None
 
 
+def fake_quantized(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+    """As `torch.fake_quantize_per_channel_affine`, which looks at the zero points on the CPU; all broadcast over x."""
+    integers = (zero + x.detach() * (1 / scale)).round_()
+    inside = (integers >= low) & (integers <= high)
+    values = (integers.clamp_(low, high) - zero) * scale
+    return values + torch.where(inside, x - x.detach(), 0.0)  # nothing, but for the gradient
+
+
 def requantized(x: Tensor, unit: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
     """`x`, whole multiples of `unit` but for the error of float sums, on the grid, rounded as integer kernels do.
 
