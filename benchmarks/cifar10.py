@@ -8,6 +8,7 @@ with a GPU say (the same settings, and `measure=none`), and measures only its ti
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ if given.model not in MODELS:
     sys.exit(f"MODEL (={given.model}) must be one of {', '.join(MODELS)}; settings come after it")
 folder = ROOT / "outputs" / "benchmarks" / "cifar10"
 folder.mkdir(parents=True, exist_ok=True)
-name = "-".join([given.recipe, given.model, *(each.replace("stages.", "") for each in given.settings)])
+name = "-".join([given.recipe, given.model, *(re.sub(r"\W+", "_", each) for each in given.settings)])
 if given.finished:
     report = finished(given.finished)
     ran = (report["recipe"], report["model"]["factory"].rpartition(".")[2])
