@@ -98,10 +98,16 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+def _repeating(arguments: list[str]) -> list[str]:
+    """The arguments that do it all again: without the folders of runs that ended elsewhere."""
+    said = [each for before, each in zip(["", *arguments], arguments, strict=False) if "--finished" not in (before, each)]
+    return [each.partition("=")[0] if Path(each.partition("=")[2] or "-").is_dir() else each for each in said]
+
+
 def record(name: str, rows: list[dict[str, Any]], script: str | None = None, **context: Any) -> None:
     """Keep the rows of a benchmark in results/NAME.json, with machine, versions and the command that repeats it."""
     content = {
-        "command": " ".join(["python", f"benchmarks/{script or name}.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{script or name}.py", *_repeating(sys.argv[1:])]),
         "hardware": machine.hardware(),
         "versions": machine.versions(),
         **context,
