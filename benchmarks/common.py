@@ -100,7 +100,8 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
 
 def _repeating(arguments: list[str]) -> list[str]:
     """The arguments that do it all again: without the folders of runs that ended elsewhere."""
-    said = [each for before, each in zip(["", *arguments], arguments, strict=False) if "--finished" not in (before, each)]
+    pairs = zip(["", *arguments], arguments, strict=False)
+    said = [each for before, each in pairs if "--finished" not in (before, each)]
     return [each.partition("=")[0] if Path(each.partition("=")[2] or "-").is_dir() else each for each in said]
 
 
