@@ -108,11 +108,8 @@ def answering(teacher: nn.Module, task: Task) -> nn.Module:
         return teacher.to(task.device)
     teacher = copy.deepcopy(teacher).to(task.device).eval()
     fold_batch_norm(teacher)
-    return (
-        teacher.bfloat16()
-        if all(kind(module) in AUTOCAST for module in teacher.modules() if _holds(module))
-        else teacher
-    )
+    plain = all(kind(module) in AUTOCAST for module in teacher.modules() if _holds(module))
+    return teacher.bfloat16() if plain else teacher
 
 
 def _holds(module: nn.Module) -> bool:
