@@ -26,8 +26,8 @@ from compress.task import Task, Work
 
 MODEL, MACS = "resnet56", 0.47
 ROWS = {
-    "ours": "compress.stages.PruneChannels",
-    "ours-l1": "compress.stages.PruneChannels,by:l1",
+    "ours": "compress.stages.PruneChannels,multiple:16,floor:0",
+    "ours-l1": "compress.stages.PruneChannels,multiple:16,floor:0,by:l1",
     "torch-pruning": "channels.TorchPruning",
 }
 SHARES = [share / 100 for share in range(2, 98, 2)]  # of the channels of each block

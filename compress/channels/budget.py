@@ -14,13 +14,13 @@ from compress.channels.groups import ChannelGroup
 SHARES = 8  # a group's harm is measured at so many steps from all its channels to the fewest
 
 
-def allowed(group: ChannelGroup, multiple: int, floor: float) -> list[int]:
+def allowed(group: ChannelGroup, multiple: int, floor: float, may_empty: bool = False) -> list[int]:
     """How many units may stay, rising: at least the floor (a share below 1, else a number of channels), and all.
 
-    What is less than all has a multiple of `multiple` channels.
+    What is less than all has a multiple of `multiple` channels; with `may_empty` none of them may stay too.
     """
     each = group.width // group.units
-    least = max(1, math.ceil((floor * group.width if floor < 1 else floor) / each - 1e-9))
+    least = max(0 if may_empty else 1, math.ceil((floor * group.width if floor < 1 else floor) / each - 1e-9))
     return [n for n in range(least, group.units) if n * each % multiple == 0] + [group.units]
 
 

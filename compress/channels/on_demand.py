@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from compress.nn.flow import operator_name
+from compress.nn.flow import ADDITIONS, operator_name
 from compress.nn.places import trace
 from compress.surgery import kind
 
@@ -110,7 +110,7 @@ class OnDemand:
         if self.norm_after(node) is not None:
             node = next(iter(node.users))
         reader = next(iter(node.users)) if len(node.users) == 1 else None
-        if reader is None or operator_name(reader) not in ("add", "iadd", "add_") or reader.kwargs:
+        if reader is None or operator_name(reader) not in ADDITIONS or reader.kwargs:
             return None
         others = [argument for argument in reader.args if argument is not node]
         if len(reader.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node):

@@ -81,17 +81,26 @@ class Reader:
         ]
         return sum((x.double().square().mean(axes) * len(x) for x in inputs), torch.zeros(())) / sum(map(len, inputs))
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Make it and the batch norm behind it give zero, where none of the channels that it reads is left."""
+        for tensor in self._changing():
+            tensor.zero_()
+
     def state(self) -> tuple[Tensor, ...]:
-        """What `put` changes, to `restore` it."""
-        mean = self.norm.running_mean if self.norm is not None else None
-        return tuple(t.detach().clone() for t in (self.holder.weight, self.holder.bias, mean) if isinstance(t, Tensor))
+        """What `put` and `silence` change, to `restore` it."""
+        return tuple(tensor.detach().clone() for tensor in self._changing())
 
     @torch.no_grad()
     def restore(self, state: tuple[Tensor, ...]) -> None:
-        mean = self.norm.running_mean if self.norm is not None else None
-        tensors = [t for t in (self.holder.weight, self.holder.bias, mean) if isinstance(t, Tensor)]
-        for tensor, value in zip(tensors, state, strict=True):
+        for tensor, value in zip(self._changing(), state, strict=True):
             tensor.copy_(value)
+
+    def _changing(self) -> list[Tensor]:
+        tensors = [self.holder.weight, self.holder.bias]
+        if self.norm is not None:
+            tensors += [getattr(self.norm, name) for name in ("weight", "bias", "running_mean")]
+        return [tensor for tensor in tensors if tensor is not None]
 
     def _geometry(self) -> nn.Conv2d:
         if isinstance(self.layer, nn.Conv2d):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compress.channels.branches import branches_of
 from compress.channels.groups import ChannelGroup
 from compress.errors import ConfigError
 from compress.lower.plain import bake
@@ -22,15 +23,21 @@ CLOSE = 1e-3  # of the largest answer: so far rounding may take the cut network 
 
 
 @torch.no_grad()
-def remove(model: nn.Module, groups: Iterable[ChannelGroup], removed: Removed) -> None:
-    """Take the units `removed` out of every layer that has them. Weights must not be parametrized."""
-    for (name, side), leaving in _leaving(groups, removed).items():
+def remove(model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed) -> None:
+    """Take the units `removed` out of every layer that has them. Weights must not be parametrized.
+
+    Where all units of a group go, it has to be one of `removable_branches`, whose layers go too.
+    """
+    branches = branches_of(model, [group for group in groups if len(removed.get(group.name, ())) == group.units])
+    for (name, side), leaving in _leaving([group for group in groups if group.name not in branches], removed).items():
         if len(leaving):
             _cut(model.get_submodule(name), side, leaving)
             _say_widths(model, name)
+    for branch in branches.values():
+        branch.take_out(model)
 
 
-def remove_unread(model: nn.Module, groups: Iterable[ChannelGroup], removed: Removed, example: Tensor) -> None:
+def remove_unread(model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, example: Tensor) -> None:
     """Take channels out that nothing reads, as what reads them is zero already, and see that this changes nothing.
 
     Raises:
@@ -42,7 +49,7 @@ def remove_unread(model: nn.Module, groups: Iterable[ChannelGroup], removed: Rem
 
 
 @torch.no_grad()
-def why_not_without(model: nn.Module, groups: Iterable[ChannelGroup], removed: Removed, example: Tensor) -> str:
+def why_not_without(model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, example: Tensor) -> str:
     """Take channels out that nothing reads; gives back why the network is not the same without, "" where it is."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         before = model(example)
@@ -218,12 +225,15 @@ def put_masks(model: nn.Module, masks: Mapping[str, Tensor], groups: Iterable[Ch
         layer = model.get_submodule(name)
         if isinstance(layer, ShiftConv2d):
             leaving[f"{name}.pointwise", side] = _columns(layer, going) if side == "in" else going
+    modules = dict(model.named_modules())
     for name, mask in masks.items():
-        holder = _holder(model.get_submodule(name), mask)
+        if not hasattr(modules.get(name), "weight"):
+            continue  # its branch was taken out
+        holder = _holder(modules[name], mask)
         for side in ("in", "out", "same"):
             if (name, side) in leaving:
                 _cut(holder, side, leaving[name, side])
-        put_mask(model.get_submodule(name), MaskedWeight(), torch.ne(holder.weight, 0))
+        put_mask(modules[name], MaskedWeight(), torch.ne(holder.weight, 0))
 
 
 def _holder(layer: nn.Module, mask: Tensor) -> nn.Linear | nn.Conv2d:

@@ -99,11 +99,11 @@ class Thinning:
         return losses(reader, normal, reader.columns(), member, group.units, self.pull)
 
     def order(self, group: ChannelGroup, equations: Mapping[str, Normal | Tensor]) -> Tensor:
-        """The group's units in the order in which they are missed least, but for the last."""
+        """All units of the group, those that are missed least first."""
         parts: list[Loss | Energy] = []
         for member in group.of("in"):
             parts += self._losses(member.name, group, equations[member.name])
-        return eliminate_units(parts, group.units, 1)
+        return eliminate_units(parts, group.units, 0)
 
     def harms(
         self,
@@ -117,7 +117,8 @@ class Thinning:
         """How far the answers are from `wanted` when of this group alone so many units are left.
 
         The squared difference, as a share of the squares: on images that the network was trained on it is sure of its
-        answers, and their divergence hardly tells groups apart.
+        answers, and their divergence hardly tells groups apart. Of a branch without channels the mean is left, which
+        the layers behind it can make good.
         """
         names = [name for name in self.readers if any(each is group for each, _ in self.reads[name])]
         walk.of(_same(walk, self.calls[names[0]]).all_input_nodes[0])
@@ -140,6 +141,12 @@ class Thinning:
             columns[:, : reader.features][gone] = 0
         reader.put(columns)
         return columns
+
+    def _zero(self, reader: Reader, gone: Tensor) -> None:
+        if bool(gone.all()):
+            reader.silence()
+        else:
+            self._thin(reader, torch.empty(0), gone)
 
     @contextmanager
     def _unchanged(self, names: Sequence[str]) -> Iterator[None]:
@@ -165,7 +172,7 @@ class Thinning:
         }
         if not (self.refit or choose):
             for reader in self.readers.values():
-                self._thin(reader, torch.empty(0), self._gone(reader, gone))
+                self._zero(reader, self._gone(reader, gone))
             return gone
         now, then = OnDemand(self.model, self.images), OnDemand(original, self.images)
         pending = set(self.readers)
@@ -173,8 +180,9 @@ class Thinning:
             step(name)
             pending.discard(name)
             mine = [group for group, _ in self.reads[name] if group.name in gone]
-            if reader.features > MOST_FEATURES or not (mine or self.refit):
-                self._thin(reader, torch.empty(0), self._gone(reader, gone))
+            solvable = reader.features <= MOST_FEATURES and not bool(self._gone(reader, gone).all())
+            if not solvable or not (mine or self.refit):
+                self._zero(reader, self._gone(reader, gone))
                 continue
             x, y = self._pairs(now, then, name, pending)
             normal = reader.normal(list(zip(x, y, strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from torch import fx, nn
@@ -17,6 +18,7 @@ MOVING_LAYERS = {
     *(nn.Identity, nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Dropout, nn.Dropout2d),
 }
+ADDITIONS = {"add", "iadd", "add_"}
 CLIPS = {"relu", "relu_", "relu6", "clamp_min", "clamp_min_"}
 CLIPPING_LAYERS = {nn.ReLU, nn.ReLU6}
 
@@ -31,6 +33,14 @@ def operator_name(node: fx.Node) -> str:
     if node.op not in ("call_function", "call_method"):
         return ""
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
+
+
+def in_place(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node changes the tensor that it reads."""
+    layer = called(node, model)
+    if layer is not None:
+        return bool(getattr(layer, "inplace", False))
+    return re.search(r"[a-z]_$", operator_name(node)) is not None or bool(node.kwargs.get("inplace"))
 
 
 def is_one_of(node: fx.Node, model: nn.Module, names: Collection[str], layers: Collection[type[nn.Module]]) -> bool:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from compress.nn.flow import ADDITIONS, called, in_place, operator_name
 from compress.nn.quantized import FakeQuantize
 from compress.nn.units import passing_units
+from compress.nn.zero import Zero
 
 _RANDOM_IN_TRAINING = {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "rrelu", "batch_norm"}
 
@@ -52,7 +54,8 @@ class Placed(fx.GraphModule):
 def trace(model: nn.Module) -> fx.Graph:
     """The model's operations as a graph; each node has its place in `node.meta["place"]`.
 
-    Layers of torch and of ours are single nodes. A model that `place_quantizers` made gives its graph as it is.
+    Layers of torch and of ours are single nodes. To add a `Zero` is no operation, and what leads to it is none. A model
+    that `place_quantizers` made gives its graph as it is.
 
     Raises:
         ValueError: the forward cannot be traced, or the trace would freeze what depends on the training mode.
@@ -67,7 +70,7 @@ def trace(model: nn.Module) -> fx.Graph:
         for training in (True, False):
             for module in modes:
                 module.training = training
-            graphs.append(_Tracer().trace(model))
+            graphs.append(_without_zeros(_Tracer().trace(model), model))
     except Exception as error:  # the model's own code runs on stand-ins: anything can go wrong in it
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"the forward cannot be traced ({type(error).__name__}: {reason})") from error
@@ -79,6 +82,23 @@ def trace(model: nn.Module) -> fx.Graph:
     if _text(graphs[0]) != _text(graphs[1]):
         raise ValueError("the forward computes something else in training mode, which a trace would freeze")
     return graphs[1]
+
+
+def _without_zeros(graph: fx.Graph, model: nn.Module) -> fx.Graph:
+    """The graph without the additions of a `Zero`, and without what was computed for it alone."""
+    unread = [node for node in graph.nodes if isinstance(called(node, model), Zero)]
+    for node in unread:
+        for addition in list(node.users):
+            others = [argument for argument in addition.args if argument is not node]
+            plain = operator_name(addition) in ADDITIONS and not addition.kwargs
+            if plain and len(others) == 1 and isinstance(others[0], fx.Node):
+                addition.replace_all_uses_with(others[0])
+                graph.erase_node(addition)
+    for node in reversed(list(graph.nodes)) if unread else ():
+        if node in unread and not node.users and node.op != "placeholder":
+            unread += node.all_input_nodes
+            graph.erase_node(node)
+    return graph
 
 
 def executed(model: nn.Module) -> fx.Graph:
@@ -199,11 +219,7 @@ def _refuse_frozen(node: fx.Node, model: nn.Module) -> None:
             arguments = {}  # type: ignore[assignment]  # only asked for membership
         if "training" in arguments or _operator(node.op, node.target) in _RANDOM_IN_TRAINING:
             raise ValueError(f"{place} is a function that depends on the training mode; use a module in its place")
-    if node.op == "call_module":
-        in_place = bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    else:
-        in_place = re.search(r"[a-z]_$", _operator(node.op, node.target)) is not None
-    if not in_place and not node.kwargs.get("inplace"):
+    if not in_place(node, model):
         return
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     for source in node.all_input_nodes[:1]:

@@ -17,9 +17,11 @@ in the target runtime, for one image: MACs are lowered by tenths until the measu
 channels go: reconstruction (as above), or the scores l1, l2, bn (scales of batch norms), fpgm (distance to the other
 filters), taylor (weight times gradient). `allocation`: `sensitivity` as above, or `uniform`, the same share everywhere.
 `multiple`: channel counts that are changed become multiples of it (8 suits most kernels). `floor`: what stays in each
-group at least, a share below 1 or a number of channels. `refit`: solve the weights that are left; false sets those of
-removed channels to nothing and leaves the others. `images`: over how many calibration images. `ridge`: pull to the
-trained weights, as a share of the equations' diagonal. `include`, `exclude`: layers whose outputs may be removed.
+group at least, a share below 1 or a number of channels; with 0, and by sensitivity, whole residual branches of two
+layers (or three, if the middle one is depthwise) may go, so that the shortcut stays alone. `refit`: solve the weights
+that are left; false sets those of removed channels to nothing and leaves the others. `images`: over how many
+calibration images. `ridge`: pull to the trained weights, as a share of the equations' diagonal. `include`, `exclude`:
+layers whose outputs may be removed.
 
 Measured. Before training: `benchmarks/surgery.py`; with it, beside torch-pruning alone: `benchmarks/channels.py`.
 ResNet-56 on CIFAR-10 (93.39 %), recipe `channels`, 2.1 times fewer MACs: 92.58 %. Its time in onnxruntime falls less
@@ -40,6 +42,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from compress.channels.branches import removable_branches
 from compress.channels.budget import allowed, by_harm, levels, uniform
 from compress.channels.costs import MEASURES, Costs
 from compress.channels.groups import MAKERS, ChannelGroup, removable
@@ -113,10 +116,13 @@ class PruneChannels:
         masks = bake_masks(model)
         example = task.example.to(task.device)
         free, reasons = removable(model, found, left_out, example)
-        counts = {group.name: allowed(group, self.multiple, self.floor) for group in free}
         require_change([Site(n, before[n], None if reasons[n] else "", reasons[n]) for n in found])
         costs = counted(model, example)
         plan = self._thinning(model, free, task, masks)
+        whole = set()
+        if self.floor == 0 and self.allocation == "sensitivity":  # a share that is the same everywhere empties none
+            whole = removable_branches(model, free, left_out, example)
+        counts = {group.name: allowed(group, self.multiple, self.floor, group.name in whole) for group in free}
         original = copy.deepcopy(model)
         order, left, told = self._decided(plan, counts, task, work, example)
         work.progress.start("channels", len(plan.readers))
@@ -126,7 +132,8 @@ class PruneChannels:
         for name, cost in counted(model, example).items():
             told.setdefault(name, {})["achieved"] = round(cost / costs[name], 4)
         put_masks(model, masks, free, gone)
-        sites = tuple(_site(name, before[name], describe(layer), reasons[name]) for name, layer in found.items())
+        after = {name: describe(model.get_submodule(name)) for name in found}
+        sites = tuple(_site(name, before[name], after[name], reasons[name]) for name in found)
         require_change(sites)
         notes: dict[str, Any] = {"by": self.by, "images": sum(map(len, plan.images)), **told}
         notes["channels"] = {group.name: [left[group.name] * group.width // group.units, group.width] for group in free}

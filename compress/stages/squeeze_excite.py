@@ -29,13 +29,13 @@ import torch
 from torch import fx, nn
 
 from compress.errors import ConfigError
+from compress.nn.flow import ADDITIONS, operator_name
 from compress.nn.places import trace
 from compress.nn.squeeze_excite import SqueezeExcitation
 from compress.stage import Edit, Keep, Site
 from compress.surgery import describe, kind, layers, leaves, matching, require_change, swap
 from compress.task import Task, Work
 
-_ADDITIONS = {"add", "iadd", "add_"}
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _GATED = "squeeze-and-excitation stands behind it already"
 
@@ -229,5 +229,4 @@ class _Search:
 
 
 def _adds(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name in _ADDITIONS
+    return operator_name(node) in ADDITIONS
