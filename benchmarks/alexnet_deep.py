@@ -14,11 +14,17 @@ from typing import Any
 from alexnet_fire import FOLDER, SMALL, SMALL_TEACHER, TAUGHT
 from common import RESULTS, compress, data_root, figures, record
 
-DEEP = ("recipe=deep_compression", "stages.prune.amount=0.975", "stages.recover.epochs=6", "stages.polish.epochs=3")
-PRUNE = "+stages.prune={_target_:compress.stages.Prune,amount:0.6,schedule:cubic,epochs:3}"
-THIN = "+stages.thin={_target_:compress.stages.FineTune,epochs:5,lr:0.02,distill:0.5}"
+DEEP = (
+    "recipe=deep_compression",
+    "stages.prune.amount=0.975",
+    "stages.prune.epochs=2",
+    "stages.recover.epochs=4",
+    "stages.polish.epochs=2",
+)
+PRUNE = "+stages.prune={_target_:compress.stages.Prune,amount:0.6,schedule:cubic,epochs:2}"
+THIN = "+stages.thin={_target_:compress.stages.FineTune,epochs:4,lr:0.02,distill:0.5}"
 CLUSTER = "+stages.cluster={_target_:compress.stages.Cluster,bits:4}"
-POLISH = "+stages.polish={_target_:compress.stages.FineTune,epochs:5,lr:2e-3,distill:0.5}"
+POLISH = "+stages.polish={_target_:compress.stages.FineTune,epochs:2,lr:2e-3,distill:0.5}"
 ROWS = {
     "deep": DEEP,
     "fire": ("recipe=alexnet_fire", *SMALL, PRUNE, THIN, CLUSTER, POLISH),
