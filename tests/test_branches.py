@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -23,8 +25,8 @@ from compress.channels.branches import removable_branches
 from compress.channels.groups import MAKERS, removable
 from compress.channels.on_demand import OnDemand
 from compress.channels.thinning import Thinning
-from compress.lower import export_onnx
-from compress.measure import counted
+from compress.lower import export_onnx, export_pt2
+from compress.measure import counted, profile
 from compress.models import resnet20
 from compress.nn.masked import mask_of
 from compress.nn.places import trace
@@ -43,7 +45,7 @@ def can_go(model: nn.Module, shape: tuple[int, ...] = SHAPE) -> set[str]:
     found = layers(model, MAKERS)
     example = torch.randn(2, *shape)
     free, _ = removable(model, found, dict.fromkeys(found, ""), example)
-    return removable_branches(model, free, {}, example)
+    return set(removable_branches(model, free, {}, example))
 
 
 def network(seed: int = 0, shortcut: str = "pad") -> nn.Module:
@@ -100,24 +102,12 @@ def twice(net: Any, x: Tensor) -> Tensor:
     return x + net.norm(net.other(x))  # type: ignore[no-any-return]
 
 
-def summed_in_place(net: Any, x: Tensor) -> Tensor:
-    y = net.conv2(net.conv1(x).relu())
-    y += x
-    return y  # type: ignore[no-any-return]
-
-
-def a_bottleneck(net: Any, x: Tensor) -> Tensor:
-    return net.last_of_three(net.conv2(net.conv1(x).relu()).relu()) + x  # type: ignore[no-any-return]
-
-
 STAY = {
-    "added to in place": (summed_in_place, {}),
     "changes the shortcut in place": (lambda net, x: net.conv2(F.relu(net.conv1(x), inplace=True)) + x, {}),
     "read elsewhere": (lambda net, x: (y := net.conv2(net.conv1(x).relu())) + x + y.mean(), {}),
     "gives the sum its shape": (lambda net, x: net.conv2(net.conv1(x).relu()) + x.mean((1, 2, 3), keepdim=True), {}),
     "no addition": (lambda net, x: net.conv2(net.conv1(x).relu()) * x, {}),
     "a norm that stands elsewhere too": (twice, {"norm": nn.BatchNorm2d(4), "other": nn.Conv2d(4, 4, 1)}),
-    "a layer in front": (a_bottleneck, {"last_of_three": nn.Conv2d(4, 4, 1)}),
 }
 
 
@@ -130,6 +120,50 @@ def test_branches_that_stay(why: str, tmp_path: Path) -> None:
     assert can_go(model, shape) == set()
     edit = PruneChannels(macs=0.8, floor=0, images=16)(model, noise_task(shape), Work(tmp_path))
     assert not any(isinstance(module, Zero) for module in edit.model.modules())
+
+
+class Block(nn.Module):
+    """Of two or three layers, in torchvision's way: one ReLU for all, in place, and so is the addition."""
+
+    def __init__(self, stride: int, bottleneck: bool) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 16, 3, stride, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv3 = nn.Conv2d(8, 8, 1) if bottleneck else None
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = nn.Conv2d(8, 8, 1, stride) if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if self.conv3 is not None:
+            out = self.conv3(self.relu(out))
+        out += identity
+        return self.relu(out)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_blocks_that_work_in_place(bottleneck: bool, stride: int, tmp_path: Path) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    blocks = (Block(1, bottleneck), Block(stride, bottleneck))
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), *blocks, nn.Flatten(), nn.LazyLinear(3)).eval()
+    task = noise_task((2, 7, 9))
+    model(task.example)
+    names = {f"{i}.conv{2 if bottleneck else 1}" for i in (2, 3)}
+    assert can_go(model, (2, 7, 9)) == names
+    before = profile(model, task.example).macs
+    stage = PruneChannels(macs=0.55, floor=0, multiple=16, images=16, include=["[23].conv*"])
+    edit = stage(model, task, Work(tmp_path))
+    (end,) = [module for module in edit.model.modules() if isinstance(module, Zero)]
+    achieved = round(profile(edit.model, task.example).macs / before, 4)
+    assert end.channels == 8 and edit.notes["macs"] == {"requested": 0.55, "achieved": achieved}
+    assert not any(0 < left < width for left, width in dict(edit.notes["channels"]).values())  # type: ignore[call-overload]
+    trained = FineTune(epochs=1, lr=1e-3)(edit.model, task, Work(tmp_path)).model
+    assert export_onnx(trained, task.example, tmp_path / "m.onnx", input={})["parity"][0]["top1_agreement"] == 1
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)
+    assert kinds["Add"] == 1 and not kinds["ConstantOfShape"]
 
 
 def test_of_two_branches_that_are_added_one_can_go() -> None:
@@ -237,6 +271,11 @@ def test_what_is_left_is_saved_trained_exported_and_compressed_further(tmp_path:
         assert torch.equal(answers(compress.load(path)), answers(model))
         result = export_onnx(model, task.example, tmp_path / "model.onnx", input={}, target="onnxruntime")
         assert all(row["top1_agreement"] == 1 for row in result["parity"]) and not result["float_layers"]
+        kinds = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+        assert kinds["Add"] == 9 - sum(isinstance(module, Zero) for module in model.modules())
+        assert kinds["Relu"] <= kinds["Conv"] and not kinds["ConstantOfShape"]
+        result = export_pt2(model, task.example, tmp_path / "model.pt2")
+        assert all(row["top1_agreement"] == 1 for row in result["parity"])
         session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
         (got,) = session.run(None, {"input": task.example.numpy()})
         torch.testing.assert_close(torch.from_numpy(got), model(task.example).detach(), rtol=1e-4, atol=1e-4)

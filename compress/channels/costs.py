@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compress.channels.branches import Branches
 from compress.channels.groups import ChannelGroup
 from compress.measure import counted
 from compress.nn.displace import Shift2d
@@ -33,10 +34,20 @@ class _Layer:
 
 
 class Costs:
-    """MACs, parameters or bytes (of parameters and buffers, as they are in memory) by how many units are left."""
+    """MACs, parameters or bytes (of parameters and buffers, as they are in memory) by how many units are left.
 
-    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor, measure: str) -> None:
-        self.measure = measure
+    Of `branches`, where the group has no unit left, nothing inside has.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        example: Tensor,
+        measure: str,
+        branches: Branches | None = None,
+    ) -> None:
+        self.measure, self.branches = measure, branches or {}
         places: dict[int, int] = {}
 
         def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -71,7 +82,7 @@ class Costs:
 
     def total(self, left: Mapping[str, int]) -> int:
         """The cost when of these groups so many units are left, of the others all."""
-        total = float(self.rest)
+        left, total = self.emptied(left), float(self.rest)
         for name, layer in self.layers.items():
             inputs, outputs = (self._left(name, side, left) for side in ("in", "out"))
             if self.measure == "macs":
@@ -80,6 +91,11 @@ class Costs:
             numbers = layer.weights * inputs * outputs + layer.of_inputs * inputs + layer.of_outputs * outputs
             total += numbers if self.measure == "params" else 4 * numbers + layer.buffers * outputs
         return round(total)
+
+    def emptied(self, left: Mapping[str, int]) -> dict[str, int]:
+        """`left`, with no unit in the groups inside a branch that goes."""
+        gone = [inner for name, branch in self.branches.items() if left.get(name) == 0 for inner in branch.inner]
+        return {**left, **dict.fromkeys(gone, 0)}
 
     def _left(self, name: str, side: str, left: Mapping[str, int]) -> float:
         return 1 - sum(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compress.channels.branches import branches_of
+from compress.channels.branches import Branches
 from compress.channels.groups import ChannelGroup
 from compress.errors import ConfigError
 from compress.lower.plain import bake
@@ -19,41 +20,50 @@ from compress.nn.shift import ShiftConv2d
 from compress.surgery import kind
 
 Removed = Mapping[str, Tensor]  # group -> the units that go
+NONE: Branches = MappingProxyType({})
 CLOSE = 1e-3  # of the largest answer: so far rounding may take the cut network from the one it was cut from
 
 
 @torch.no_grad()
-def remove(model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed) -> None:
+def remove(model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, branches: Branches = NONE) -> None:
     """Take the units `removed` out of every layer that has them. Weights must not be parametrized.
 
-    Where all units of a group go, it has to be one of `removable_branches`, whose layers go too.
+    Where all units of a group go, it has to be one of `branches`, or inside one, whose layers go too.
     """
-    branches = branches_of(model, [group for group in groups if len(removed.get(group.name, ())) == group.units])
-    for (name, side), leaving in _leaving([group for group in groups if group.name not in branches], removed).items():
+    empty = {group.name for group in groups if len(removed.get(group.name, ())) == group.units}
+    for (name, side), leaving in _leaving([group for group in groups if group.name not in empty], removed).items():
         if len(leaving):
             _cut(model.get_submodule(name), side, leaving)
             _say_widths(model, name)
-    for branch in branches.values():
-        branch.take_out(model)
+    for name in empty.intersection(branches):
+        branches[name].take_out(model)
 
 
-def remove_unread(model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, example: Tensor) -> None:
+def remove_unread(
+    model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, branches: Branches, example: Tensor
+) -> None:
     """Take channels out that nothing reads, as what reads them is zero already, and see that this changes nothing.
 
     Raises:
         ConfigError: the network does not run with other widths, or answers otherwise.
     """
-    why = why_not_without(model, groups, removed, example)
+    why = why_not_without(model, groups, removed, example, branches)
     if why:
         raise ConfigError(f"{why}; put the layers before that place into `exclude`.")
 
 
 @torch.no_grad()
-def why_not_without(model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, example: Tensor) -> str:
+def why_not_without(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    removed: Removed,
+    example: Tensor,
+    branches: Branches = NONE,
+) -> str:
     """Take channels out that nothing reads; gives back why the network is not the same without, "" where it is."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         before = model(example)
-        remove(model, groups, removed)
+        remove(model, groups, removed, branches)
         try:
             apart = float((model(example) - before).abs().max())
         except Exception as error:  # the forward pass is foreign code

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from compress.files import write
 from compress.lower.parity import parity
 from compress.lower.plain import integer_weights, lower, matching_scales
+from compress.nn.zero import Zero
 
 
 def export_pt2(
@@ -55,7 +56,25 @@ def exported(plain: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree code, on every export
         batch = torch.export.Dim("batch", min=1)
         images = example[:2].detach().cpu().clone()  # the file keeps them, and the storage behind a slice with them
-        return torch.export.export(plain, (images,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(plain, (images,), dynamic_shapes=({0: batch},))
+    if any(isinstance(module, Zero) for module in plain.modules()):
+        _leave_out_zeros(program.graph_module)
+    return program
+
+
+def _leave_out_zeros(module: fx.GraphModule) -> None:
+    """Read past additions of a `Zero`, and past a ReLU of what a ReLU gave, which they leave behind."""
+    aten = torch.ops.aten
+    for node in list(module.graph.nodes):
+        if node.target in (aten.relu.default, aten.relu_.default):
+            if node.args[0].target in (aten.relu.default, aten.relu_.default):
+                node.replace_all_uses_with(node.args[0])
+        elif node.target in (aten.add.Tensor, aten.add_.Tensor) and len(node.all_input_nodes) == 2 and not node.kwargs:
+            others = [each for each in node.args if each.target != aten.new_zeros.default]
+            if len(others) == 1 and others[0].meta["val"].shape == node.meta["val"].shape:
+                node.replace_all_uses_with(others[0])
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 class _Integers(nn.Module):

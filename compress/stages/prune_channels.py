@@ -17,11 +17,10 @@ in the target runtime, for one image: MACs are lowered by tenths until the measu
 channels go: reconstruction (as above), or the scores l1, l2, bn (scales of batch norms), fpgm (distance to the other
 filters), taylor (weight times gradient). `allocation`: `sensitivity` as above, or `uniform`, the same share everywhere.
 `multiple`: channel counts that are changed become multiples of it (8 suits most kernels). `floor`: what stays in each
-group at least, a share below 1 or a number of channels; with 0, and by sensitivity, whole residual branches of two
-layers (or three, if the middle one is depthwise) may go, so that the shortcut stays alone. `refit`: solve the weights
-that are left; false sets those of removed channels to nothing and leaves the others. `images`: over how many
-calibration images. `ridge`: pull to the trained weights, as a share of the equations' diagonal. `include`, `exclude`:
-layers whose outputs may be removed.
+group at least, a share below 1 or a number of channels; with 0, and by sensitivity, whole residual branches may go, so
+that the shortcut stays alone. `refit`: solve the weights that are left; false sets those of removed channels to nothing
+and leaves the others. `images`: over how many calibration images. `ridge`: pull to the trained weights, as a share of
+the equations' diagonal. `include`, `exclude`: layers whose outputs may be removed.
 
 Measured. Before training: `benchmarks/surgery.py`; with it, beside torch-pruning alone: `benchmarks/channels.py`.
 ResNet-56 on CIFAR-10 (93.39 %), recipe `channels`, 2.1 times fewer MACs: 92.58 %. Its time in onnxruntime falls less
@@ -42,7 +41,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.channels.branches import removable_branches
+from compress.channels.branches import Branches, removable_branches
 from compress.channels.budget import allowed, by_harm, levels, uniform
 from compress.channels.costs import MEASURES, Costs
 from compress.channels.groups import MAKERS, ChannelGroup, removable
@@ -119,16 +118,16 @@ class PruneChannels:
         require_change([Site(n, before[n], None if reasons[n] else "", reasons[n]) for n in found])
         costs = counted(model, example)
         plan = self._thinning(model, free, task, masks)
-        whole = set()
+        branches: Branches = {}
         if self.floor == 0 and self.allocation == "sensitivity":  # a share that is the same everywhere empties none
-            whole = removable_branches(model, free, left_out, example)
-        counts = {group.name: allowed(group, self.multiple, self.floor, group.name in whole) for group in free}
+            branches = removable_branches(model, free, left_out, example)
+        counts = {group.name: allowed(group, self.multiple, self.floor, group.name in branches) for group in free}
         original = copy.deepcopy(model)
-        order, left, told = self._decided(plan, counts, task, work, example)
+        order, left, told = self._decided(plan, counts, branches, task, work, example)
         work.progress.start("channels", len(plan.readers))
         gone = plan.thin(original, order, left, self.by == "reconstruction", work.progress.step)
         work.progress.end()
-        remove_unread(model, free, gone, example)
+        remove_unread(model, free, gone, branches, example)
         for name, cost in counted(model, example).items():
             told.setdefault(name, {})["achieved"] = round(cost / costs[name], 4)
         put_masks(model, masks, free, gone)
@@ -156,11 +155,17 @@ class PruneChannels:
             ) from error
 
     def _decided(
-        self, plan: Thinning, counts: Mapping[str, Sequence[int]], task: Task, work: Work, example: Tensor
+        self,
+        plan: Thinning,
+        counts: Mapping[str, Sequence[int]],
+        branches: Branches,
+        task: Task,
+        work: Work,
+        example: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any]]:
         """The order in which units go, how many stay in each group, and notes on what was asked and reached."""
         measure = "macs" if self.amount == "latency" else self.amount
-        costs = Costs(plan.model, plan.groups, example, measure)
+        costs = Costs(plan.model, plan.groups, example, measure, branches)
         whole, least = costs.total({}), costs.total({name: each[0] for name, each in counts.items()})
         requested = float(getattr(self, self.amount))
         if self.amount != "latency" and least > requested * whole:
@@ -173,7 +178,7 @@ class PruneChannels:
 
         def shared(share: float) -> dict[str, int]:
             budget = int(share * whole)
-            return by_harm(counts, harms, costs, budget) if harms else uniform(counts, costs, budget)
+            return costs.emptied(by_harm(counts, harms, costs, budget) if harms else uniform(counts, costs, budget))
 
         told: dict[str, Any] = {}
         share = requested
@@ -182,7 +187,7 @@ class PruneChannels:
 
             def made(share: float) -> tuple[Any, Callable[[], nn.Module]]:
                 left = shared(share)
-                return left, lambda: _without(plan, order, left)
+                return left, lambda: _without(plan, order, left, branches)
 
             share, told = reached_in_time(plan.model, made, least / whole, limits, requested, task, work)
         left = shared(share)
@@ -221,11 +226,11 @@ class PruneChannels:
         return order, harms
 
 
-def _without(plan: Thinning, order: Mapping[str, Tensor], left: Mapping[str, int]) -> nn.Module:
+def _without(plan: Thinning, order: Mapping[str, Tensor], left: Mapping[str, int], branches: Branches) -> nn.Module:
     """The network with so many units left in each group, no weight solved anew."""
     thin = copy.deepcopy(plan.model)
     gone = {g.name: order[g.name][: g.units - left[g.name]] for g in plan.groups if left[g.name] < g.units}
-    remove(thin, plan.groups, gone)
+    remove(thin, plan.groups, gone, branches)
     return thin
 
 
