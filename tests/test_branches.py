@@ -6,6 +6,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, fx, nn
 import compress
 from compress import checkpoint
 from compress.channels.branches import removable_branches
+from compress.channels.costs import Costs
 from compress.channels.groups import MAKERS, removable
 from compress.channels.on_demand import OnDemand
 from compress.channels.thinning import Thinning
@@ -142,28 +144,78 @@ class Block(nn.Module):
         return self.relu(out)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("bottleneck", [False, True])
-def test_blocks_that_work_in_place(bottleneck: bool, stride: int, tmp_path: Path) -> None:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+def of_blocks(*blocks: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    blocks = (Block(1, bottleneck), Block(stride, bottleneck))
     model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), *blocks, nn.Flatten(), nn.LazyLinear(3)).eval()
-    task = noise_task((2, 7, 9))
-    model(task.example)
-    names = {f"{i}.conv{2 if bottleneck else 1}" for i in (2, 3)}
-    assert can_go(model, (2, 7, 9)) == names
+    model(torch.randn(2, 2, 7, 9))
+    return model
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_blocks_that_work_in_place(bottleneck: bool, tmp_path: Path) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    model, task = of_blocks(Block(1, bottleneck), Block(2, bottleneck)), noise_task((2, 7, 9))
+    # The zeros that the second one would have to add to are not of its input's size.
+    assert can_go(model, (2, 7, 9)) == {f"2.conv{2 if bottleneck else 1}"}
     before = profile(model, task.example).macs
-    stage = PruneChannels(macs=0.55, floor=0, multiple=16, images=16, include=["[23].conv*"])
+    stage = PruneChannels(macs=0.75, floor=0, multiple=16, images=16, include=["2.conv*"])
     edit = stage(model, task, Work(tmp_path))
     (end,) = [module for module in edit.model.modules() if isinstance(module, Zero)]
     achieved = round(profile(edit.model, task.example).macs / before, 4)
-    assert end.channels == 8 and edit.notes["macs"] == {"requested": 0.55, "achieved": achieved}
-    assert not any(0 < left < width for left, width in dict(edit.notes["channels"]).values())  # type: ignore[call-overload]
+    assert end.like_input and edit.notes["macs"] == {"requested": 0.75, "achieved": achieved}
+    assert not any(left for left, _ in dict(edit.notes["channels"]).values())  # type: ignore[call-overload]
     trained = FineTune(epochs=1, lr=1e-3)(edit.model, task, Work(tmp_path)).model
-    assert export_onnx(trained, task.example, tmp_path / "m.onnx", input={})["parity"][0]["top1_agreement"] == 1
-    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)
-    assert kinds["Add"] == 1 and not kinds["ConstantOfShape"]
+    for name, write in (("model.onnx", partial(export_onnx, input={})), ("model.pt2", export_pt2)):
+        result: Any = write(trained, task.example, tmp_path / name)
+        assert result["parity"][0]["top1_agreement"] == 1
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert kinds["Add"] == 1 and not kinds["ConstantOfShape"] and not kinds["Expand"]
+
+
+@pytest.mark.parametrize("amount", ["macs", "params"])
+def test_the_stream_gets_narrower_around_what_went(amount: str, tmp_path: Path) -> None:
+    model, task = of_blocks(Block(1, True), Block(1, True), Block(1, False)), noise_task((2, 7, 9))
+    for share in (0.06, 0.6):
+        edit = PruneChannels(**{amount: share}, floor=0, images=16)(model, task, Work(tmp_path))  # type: ignore[arg-type]
+        model, achieved = edit.model, edit.notes[amount]["achieved"]  # type: ignore[index,call-overload]
+        assert achieved <= share and sum(isinstance(module, Zero) for module in model.modules()) >= 2
+    assert model[0].out_channels < 8  # type: ignore[index]
+
+
+def test_costs_are_what_is_counted_without_branches() -> None:
+    for model, shape in ((of_blocks(Block(1, True), Block(1, True)), (2, 7, 9)), (network(), SHAPE)):
+        example, found = torch.randn(2, *shape), layers(model, MAKERS)
+        free, _ = removable(model, found, dict.fromkeys(found, ""), example)
+        branches = removable_branches(model, free, {}, example)
+        gone = next(iter(branches))
+        totals = {name: Costs(model, free, example, name, branches).total({gone: 0}) for name in ("macs", "params")}
+        branches[gone].take_out(model)
+        assert totals == {name: counted(model, example)[name] for name in ("macs", "params")}
+
+
+class Filled(nn.Module):
+    """Zeros of its own, which it fills."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.zero, self.relu = nn.Conv2d(2, 2, 1), Zero(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = x.new_zeros(x.shape)
+        own.narrow(1, 0, 1).copy_(x.narrow(1, 0, 1))
+        y = self.conv(x + own)
+        y = y + self.relu(self.zero(x) + y)
+        return (self.zero(x) + y.relu()).relu()  # type: ignore[no-any-return]
+
+
+def test_files_leave_out_only_what_a_zero_adds(tmp_path: Path) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    for result in (
+        export_pt2(Filled().eval(), torch.randn(2, 2, 4, 4), tmp_path / "model.pt2"),
+        export_onnx(Filled().eval(), torch.randn(2, 2, 4, 4), tmp_path / "model.onnx", input={}),
+    ):
+        assert all(row["max_abs"] < 1e-6 for row in result["parity"])
 
 
 def test_of_two_branches_that_are_added_one_can_go() -> None:
@@ -258,7 +310,7 @@ def test_what_is_left_is_saved_trained_exported_and_compressed_further(tmp_path:
     model = Prune(amount=0.3, images=16)(network(), task, Work(tmp_path)).model
     model = thin(model, tmp_path, macs=0.6, multiple=32).model
     assert sum(isinstance(module, Zero) for module in model.modules()) >= 2
-    assert mask_of(model.layer3[1].conv2) is not None  # type: ignore[index,union-attr]
+    assert all(mask_of(layer) is not None for layer in layers(model, (nn.Conv2d,)).values())
     model = FineTune(epochs=1, lr=1e-3)(model, task, Work(tmp_path)).model
     model = Shift(taps=2, images=16, include=["layer3*"])(model, task, Work(tmp_path)).model
     model = PruneChannels(macs=0.8, images=16, allocation="uniform")(model, task, Work(tmp_path)).model

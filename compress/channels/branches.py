@@ -6,9 +6,10 @@ Veit, Wilber and Belongie, "Residual Networks Behave Like Ensembles of Relativel
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,37 +17,37 @@ from torch import Tensor, fx, nn
 from compress.channels.groups import ChannelGroup
 from compress.channels.on_demand import OnDemand
 from compress.nn.flow import in_place
-from compress.nn.places import traced_shapes
+from compress.nn.places import trace, traced_shapes
 from compress.nn.shift import ShiftConv2d
 from compress.nn.zero import Zero
-from compress.surgery import kind
-from compress.surgery import replace as put
+from compress.surgery import kind, replace
 
 _ENDS = (nn.Conv2d, ShiftConv2d)  # the layers that a branch can end with
 
 
 @dataclass(frozen=True)
 class Branch:
-    """All modules that lead to nothing but one operand of an addition; `last` is the one whose output that is.
+    """What leads to nothing but one operand of an addition, which its module `last` gives.
 
-    Those that are `shared` are called elsewhere too. `inner` are the other groups of channels in the branch, which go
-    with it, `zero` is what is put in the place of its `last`.
+    `own` are the modules that are called there only, `shared` those without weights that are called elsewhere too.
+    `inner` are the other groups of channels in the branch, which go with it. Named as the nodes of a trace are,
+    `addition` is where it ends, and `shortcut` the other operand.
     """
 
-    modules: tuple[str, ...]
+    own: tuple[str, ...]
     shared: tuple[str, ...]
     last: str
-    addition: str  # the name of its node in a trace
-    shortcut: str  # that of its other operand
     inner: tuple[str, ...]
-    zero: Zero = field(default_factory=Zero)
+    addition: str
+    shortcut: str
+    like_input: bool = False  # how `Zero` is made
 
     def take_out(self, model: nn.Module) -> None:
-        """Put `zero` in the place of the last module, `Identity` in those of the others."""
-        for name in self.modules:
+        """Put `Zero` in the place of the last module, `Identity` in those of the others."""
+        for name in self.own:
             old = model.get_submodule(name)
-            new = copy.deepcopy(self.zero) if name == self.last else nn.Identity()
-            put(model, old, new.train(old.training))
+            new = Zero(self.like_input) if name == self.last else nn.Identity()
+            replace(model, old, new.train(old.training))
         for name in self.shared:
             module = model.get_submodule(name)
             if getattr(module, "inplace", False):
@@ -72,14 +73,14 @@ def removable_branches(
     additions: set[str] = set()
     for group in groups:
         branch = _branch(model, walk, group, groups)
-        if branch is None or any(left_out.get(name) for name in branch.modules):
+        if branch is None or any(left_out.get(name) for name in branch.own):
             continue
-        if shapes[branch.addition] != shapes[branch.shortcut] or branch.addition in additions:
+        if shapes.get(branch.addition) != shapes.get(branch.shortcut) or branch.addition in additions:
             continue
-        runs = _that_runs(model, branch, shapes[branch.addition], example)
-        if runs is not None:
-            found[group.name] = runs
-            additions.add(branch.addition)
+        for each in (branch, dataclasses.replace(branch, like_input=True)):
+            if group.name not in found and _runs_without(model, each, example):
+                found[group.name] = each
+                additions.add(branch.addition)
     return found
 
 
@@ -107,7 +108,7 @@ def _branch(model: nn.Module, walk: OnDemand, group: ChannelGroup, groups: Seque
         return None
     inner = tuple(each.name for each in whole if each is not group)
     own = tuple(name for name in names if name not in shared)
-    return Branch(own, shared, str(last.target), addition[0].name, addition[1].name, inner)
+    return Branch(own, shared, str(last.target), inner, addition[0].name, addition[1].name)
 
 
 def _only_for(node: fx.Node, nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -120,30 +121,13 @@ def _only_for(node: fx.Node, nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 @torch.no_grad()
-def _that_runs(model: nn.Module, branch: Branch, shape: tuple[int, ...], example: Tensor) -> Branch | None:
-    """The branch, which gives `shape`, with a `zero` that the network runs with; None where there is none.
-
-    It has to answer as it does where the branch as it is gives zero.
-    """
-    silent = copy.deepcopy(model)
+def _runs_without(model: nn.Module, branch: Branch, example: Tensor) -> bool:
+    """Whether the network without the branch can be traced, and answers as it does where the branch gives zero."""
+    silent, without = copy.deepcopy(model), copy.deepcopy(model)
     silent.get_submodule(branch.last).register_forward_hook(lambda _, inputs, output: torch.zeros_like(output))
-    wanted = silent(example)
-    without = copy.deepcopy(model)
     branch.take_out(without)
-    sizes: list[torch.Size] = []  # of what is left to lead to the `zero`
-    without.get_submodule(branch.last).register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
-    if _gives(without, example, wanted):
-        return branch
-    if not sizes or not len(shape) == len(sizes[0]) == 4:
-        return None
-    shaped = replace(branch, zero=Zero(shape[1], max(1, round(sizes[0][-1] / shape[-1]))))
-    without = copy.deepcopy(model)
-    shaped.take_out(without)
-    return shaped if _gives(without, example, wanted) else None
-
-
-def _gives(model: nn.Module, example: Tensor, wanted: Tensor) -> bool:
     try:
-        return torch.allclose(model(example), wanted, rtol=1e-4, atol=1e-5)
+        trace(without)
+        return torch.allclose(silent(example), without(example), rtol=1e-4, atol=1e-5)
     except Exception:  # the forward pass is foreign code
         return False

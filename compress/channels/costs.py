@@ -82,8 +82,11 @@ class Costs:
 
     def total(self, left: Mapping[str, int]) -> int:
         """The cost when of these groups so many units are left, of the others all."""
+        out = {layer for name, branch in self.branches.items() if left.get(name) == 0 for layer in branch.own}
         left, total = self.emptied(left), float(self.rest)
         for name, layer in self.layers.items():
+            if name in out:
+                continue
             inputs, outputs = (self._left(name, side, left) for side in ("in", "out"))
             if self.measure == "macs":
                 total += layer.positions * layer.weights * inputs * outputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,23 +19,26 @@ from compress.nn.shift import ShiftConv2d
 from compress.surgery import kind
 
 Removed = Mapping[str, Tensor]  # group -> the units that go
-NONE: Branches = MappingProxyType({})
 CLOSE = 1e-3  # of the largest answer: so far rounding may take the cut network from the one it was cut from
 
 
 @torch.no_grad()
-def remove(model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, branches: Branches = NONE) -> None:
+def remove(
+    model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, branches: Branches | None = None
+) -> None:
     """Take the units `removed` out of every layer that has them. Weights must not be parametrized.
 
     Where all units of a group go, it has to be one of `branches`, or inside one, whose layers go too.
     """
     empty = {group.name for group in groups if len(removed.get(group.name, ())) == group.units}
+    going = {name: branch for name, branch in (branches or {}).items() if name in empty}
+    assert empty == {*going, *(inner for branch in going.values() for inner in branch.inner)}
     for (name, side), leaving in _leaving([group for group in groups if group.name not in empty], removed).items():
         if len(leaving):
             _cut(model.get_submodule(name), side, leaving)
             _say_widths(model, name)
-    for name in empty.intersection(branches):
-        branches[name].take_out(model)
+    for branch in going.values():
+        branch.take_out(model)
 
 
 def remove_unread(
@@ -58,7 +60,7 @@ def why_not_without(
     groups: Sequence[ChannelGroup],
     removed: Removed,
     example: Tensor,
-    branches: Branches = NONE,
+    branches: Branches | None = None,
 ) -> str:
     """Take channels out that nothing reads; gives back why the network is not the same without, "" where it is."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

@@ -117,8 +117,8 @@ class Thinning:
         """How far the answers are from `wanted` when of this group alone so many units are left.
 
         The squared difference, as a share of the squares: on images that the network was trained on it is sure of its
-        answers, and their divergence hardly tells groups apart. Of a branch without channels the mean is left, which
-        the layers behind it can make good.
+        answers, and their divergence hardly tells groups apart. Of a branch without channels the mean is left where
+        layers behind it, solved anew, will make it good.
         """
         names = [name for name in self.readers if any(each is group for each, _ in self.reads[name])]
         walk.of(_same(walk, self.calls[names[0]]).all_input_nodes[0])
@@ -127,7 +127,10 @@ class Thinning:
             with self._unchanged(names):
                 for name in names:
                     gone = self._gone(self.readers[name], {group.name: order[: group.units - left]})
-                    self._thin(self.readers[name], equations.get(name, torch.empty(0)), gone)
+                    if left or (self._solvable(self.readers[name]) and name != next(reversed(self.readers))):
+                        self._thin(self.readers[name], equations.get(name, torch.empty(0)), gone)
+                    else:
+                        self._without_solving(self.readers[name], gone)
                 off = sum(float((x - y).square().sum()) for x, y in zip(walk.answers(), wanted, strict=True))
             found[left] = off / max(sum(float(y.square().sum()) for y in wanted), 1e-30)
         return found
@@ -142,7 +145,7 @@ class Thinning:
         reader.put(columns)
         return columns
 
-    def _zero(self, reader: Reader, gone: Tensor) -> None:
+    def _without_solving(self, reader: Reader, gone: Tensor) -> None:
         if bool(gone.all()):
             reader.silence()
         else:
@@ -172,7 +175,7 @@ class Thinning:
         }
         if not (self.refit or choose):
             for reader in self.readers.values():
-                self._zero(reader, self._gone(reader, gone))
+                self._without_solving(reader, self._gone(reader, gone))
             return gone
         now, then = OnDemand(self.model, self.images), OnDemand(original, self.images)
         pending = set(self.readers)
@@ -182,7 +185,7 @@ class Thinning:
             mine = [group for group, _ in self.reads[name] if group.name in gone]
             solvable = reader.features <= MOST_FEATURES and not bool(self._gone(reader, gone).all())
             if not solvable or not (mine or self.refit):
-                self._zero(reader, self._gone(reader, gone))
+                self._without_solving(reader, self._gone(reader, gone))
                 continue
             x, y = self._pairs(now, then, name, pending)
             normal = reader.normal(list(zip(x, y, strict=True)))

@@ -65,16 +65,27 @@ def exported(plain: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
 def _leave_out_zeros(module: fx.GraphModule) -> None:
     """Read past additions of a `Zero`, and past a ReLU of what a ReLU gave, which they leave behind."""
     aten = torch.ops.aten
+    additions, clips = (aten.add.Tensor, aten.add_.Tensor), (aten.relu.default, aten.relu_.default)
     for node in list(module.graph.nodes):
-        if node.target in (aten.relu.default, aten.relu_.default):
-            if node.args[0].target in (aten.relu.default, aten.relu_.default):
-                node.replace_all_uses_with(node.args[0])
-        elif node.target in (aten.add.Tensor, aten.add_.Tensor) and len(node.all_input_nodes) == 2 and not node.kwargs:
-            others = [each for each in node.args if each.target != aten.new_zeros.default]
+        other = None
+        if node.target in clips and node.args[0].target in clips:
+            other = node.args[0]
+        elif node.target in additions and len(node.all_input_nodes) == 2 and not node.kwargs:
+            others = [each for each in node.all_input_nodes if not _is_zero(each)]
             if len(others) == 1 and others[0].meta["val"].shape == node.meta["val"].shape:
-                node.replace_all_uses_with(others[0])
+                other = others[0]
+        # What is returned has its name in the program's signature; what is changed has to be a tensor of its own.
+        if other is None or any(user.op == "output" or str(user.target).endswith("_.default") for user in node.users):
+            continue
+        node.replace_all_uses_with(other)
+        module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+def _is_zero(node: fx.Node) -> bool:
+    made = node.meta.get("nn_module_stack", {}).values()
+    return any(cls is Zero or cls == f"{Zero.__module__}.{Zero.__qualname__}" for _, cls in made)
 
 
 class _Integers(nn.Module):

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 class Zero(nn.Module):
-    """Zeros to be added to a shortcut: (N, C, H, W) -> (1, 1, 1, 1), which fits any.
+    """Zeros to be added to a shortcut: a single one, (N, ...) -> (1, ...), which fits any.
 
-    With `channels`, (N, channels, ceil(H / stride), ceil(W / stride)), for a forward pass that adds the shortcut in
-    place. Traces and files leave them out, and the addition with them.
-
-    Raises:
-        ValueError: `channels` below 0 or a `stride` below 1.
+    With `like_input` as many as the input has, for a forward pass that adds the shortcut to them in place. Traces and
+    files leave them out, and the addition with them.
     """
 
-    def __init__(self, channels: int = 0, stride: int = 1) -> None:
+    def __init__(self, like_input: bool = False) -> None:
         super().__init__()
-        for name, value, least in (("channels", channels, 0), ("stride", stride, 1)):
-            if value < least:
-                raise ValueError(f"`{name}` (={value}) must be at least {least}.")
-        self.channels, self.stride = channels, stride
+        self.like_input = like_input
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.channels:
-            return x.new_zeros((1,) * x.dim())
-        places = [-(-size // self.stride) for size in x.shape[2:]]
-        return x.new_zeros(x.shape[0], self.channels, *places)
+        return torch.zeros_like(x) if self.like_input else x.new_zeros((1,) * x.dim())
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {"channels": self.channels, "stride": self.stride}
+        return {"like_input": self.like_input}
 
     def macs(self, input_shape: tuple[int, ...]) -> int:
         """None."""
@@ -43,4 +35,4 @@ class Zero(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, stride={self.stride}" if self.channels else ""
+        return "like_input=True" if self.like_input else ""
