@@ -1,6 +1,6 @@
 """Half of ResNet-56's multiply-adds without whole channels, by us and by torch-pruning alone: `channels.py [ROW ...]`.
 
-The recipe `channels`, and the same with torch-pruning's own pruner in place of our stage: the L1 norm of each channel's
+The recipe `channels`, and the same with torch-pruning's own pruner in place of our stages: the L1 norm of each channel's
 weights, the same share of the channels inside every residual block, nothing solved anew. `ours-l1` removes by that norm
 too. The same fine-tuning follows. What is computed is kept in `outputs/benchmarks/channels`: run again, a row only
 measures the times anew, which is to be done when nothing else runs. `ROW=FOLDER` takes the row from a run that ended in
@@ -25,10 +25,10 @@ from compress.stage import Edit
 from compress.task import Task, Work
 
 MODEL, MACS = "resnet56", 0.47
-ROWS = {
-    "ours": "compress.stages.PruneChannels,multiple:16,floor:0",
-    "ours-l1": "compress.stages.PruneChannels,multiple:16,floor:0,by:l1",
-    "torch-pruning": "channels.TorchPruning",
+ROWS: dict[str, tuple[str, ...]] = {  # name -> what differs from the recipe
+    "ours": (),
+    "ours-l1": ("stages.blocks.by=l1", "stages.channels.by=l1"),
+    "torch-pruning": ("~stages.blocks", "stages.channels={_target_:channels.TorchPruning}"),
 }
 SHARES = [share / 100 for share in range(2, 98, 2)]  # of the channels of each block
 
@@ -61,13 +61,13 @@ class TorchPruning:
 
 
 def run(name: str, ended: str) -> dict[str, Any]:
+    row = {"name": name, "settings": list(ROWS[name])}
     if ended:
-        return {"name": name, "stage": ROWS[name], **figures(finished(Path(ended)))}
+        return row | figures(finished(Path(ended)))
     folder = ROOT / "outputs" / "benchmarks" / "channels"
     folder.mkdir(parents=True, exist_ok=True)
-    stage = f"stages.channels={{_target_:{ROWS[name]},macs:{MACS}}}"
-    report, _ = compress(folder, "recipe=channels", stage, *cifar(MODEL), out=name)
-    return {"name": name, "stage": ROWS[name], **figures(report)}
+    report, _ = compress(folder, "recipe=channels", *ROWS[name], *cifar(MODEL), out=name)
+    return row | figures(report)
 
 
 def main() -> None:
