@@ -1,10 +1,10 @@
 """Half of ResNet-56's multiply-adds without whole channels, by us and by torch-pruning alone: `channels.py [ROW ...]`.
 
-The recipe `channels`, and the same with torch-pruning's own pruner in place of our stages: the L1 norm of each channel's
-weights, the same share of the channels inside every residual block, nothing solved anew. `ours-l1` removes by that norm
-too. The same fine-tuning follows. What is computed is kept in `outputs/benchmarks/channels`: run again, a row only
-measures the times anew, which is to be done when nothing else runs. `ROW=FOLDER` takes the row from a run that ended in
-this folder, on a machine with a GPU say, and measures only its times.
+The recipe `channels`, and the same with torch-pruning's own pruner in place of our stages: the L1 norm of each
+channel's weights, the same share of the channels inside every residual block, nothing solved anew. `ours-l1` removes by
+that norm too. The same fine-tuning follows. What is computed is kept in `outputs/benchmarks/channels`: run again, a row
+only measures the times anew, which is to be done when nothing else runs. `ROW=FOLDER` takes the row from a run that
+ended in this folder, on a machine with a GPU say, and measures only its times.
 """
 
 from __future__ import annotations
