@@ -42,7 +42,11 @@ def remove(
 
 
 def remove_unread(
-    model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, branches: Branches, example: Tensor
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    removed: Removed,
+    example: Tensor,
+    branches: Branches | None = None,
 ) -> None:
     """Take channels out that nothing reads, as what reads them is zero already, and see that this changes nothing.
 

@@ -128,7 +128,7 @@ class PruneChannels:
         work.progress.start("channels", len(plan.readers))
         gone = plan.thin(original, order, left, self.by == "reconstruction", work.progress.step)
         work.progress.end()
-        remove_unread(model, free, gone, branches, example)
+        remove_unread(model, free, gone, example, branches)
         for name, cost in counted(model, example).items():
             told.setdefault(name, {})["achieved"] = round(cost / costs[name], 4)
         put_masks(model, masks, free, gone)
