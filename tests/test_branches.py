@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from awkward import noise_task
-from thin_nets import net
-from torch import Tensor, fx, nn
+from thin_nets import Around, net
+from torch import Tensor, nn
 
 import compress
 from compress import checkpoint
@@ -31,7 +30,6 @@ from compress.lower import export_onnx, export_pt2
 from compress.measure import counted, profile
 from compress.models import resnet20
 from compress.nn.masked import mask_of
-from compress.nn.places import trace
 from compress.nn.zero import Zero
 from compress.reconstruct import plain_images
 from compress.stage import Edit
@@ -81,22 +79,6 @@ def test_which_branches_can_go() -> None:
     assert can_go(net("concatenated")) == can_go(net("gated")) == can_go(net("grouped")) == can_go(net("flat")) == set()
     # Of the inverted residuals those with a shortcut, and what they are made of is an expansion and a depthwise layer.
     assert len(can_go(net("mobile"))) == 2
-
-
-class Around(nn.Module):
-    """A stem, something around two convolutions, and a linear layer."""
-
-    def __init__(self, around: Callable[[Any, Tensor], Tensor], **more: nn.Module) -> None:
-        super().__init__()
-        self.stem, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
-        self.conv1, self.conv2 = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
-        self.around = around
-        for name, module in more.items():
-            self.add_module(name, module)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.around(self, self.stem(x).relu())
-        return self.last(x.mean((2, 3)))  # type: ignore[no-any-return]  # calls of modules are untyped
 
 
 def twice(net: Any, x: Tensor) -> Tensor:
@@ -193,31 +175,6 @@ def test_costs_are_what_is_counted_without_branches() -> None:
         assert totals == {name: counted(model, example)[name] for name in ("macs", "params")}
 
 
-class Filled(nn.Module):
-    """Zeros of its own, which it fills."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.zero, self.relu = nn.Conv2d(2, 2, 1), Zero(), nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        own = x.new_zeros(x.shape)
-        own.narrow(1, 0, 1).copy_(x.narrow(1, 0, 1))
-        y = self.conv(x + own)
-        y = y + self.relu(self.zero(x) + y)
-        return (self.zero(x) + y.relu()).relu()  # type: ignore[no-any-return]
-
-
-def test_files_leave_out_only_what_a_zero_adds(tmp_path: Path) -> None:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    torch.manual_seed(0)
-    for result in (
-        export_pt2(Filled().eval(), torch.randn(2, 2, 4, 4), tmp_path / "model.pt2"),
-        export_onnx(Filled().eval(), torch.randn(2, 2, 4, 4), tmp_path / "model.onnx", input={}),
-    ):
-        assert all(row["max_abs"] < 1e-6 for row in result["parity"])
-
-
 def test_of_two_branches_that_are_added_one_can_go() -> None:
     def both(net: Any, x: Tensor) -> Tensor:
         return net.conv2(net.conv1(x).relu()) + net.conv4(net.conv3(x).relu())  # type: ignore[no-any-return]
@@ -233,20 +190,6 @@ def test_what_is_excluded_keeps_its_branch(tmp_path: Path) -> None:
     for settings in ({"exclude": ["layer2.1.conv2"]}, {"include": ["layer*.conv1"]}):
         edit = thin(network(), tmp_path, multiple=1, **settings)
         assert dict(edit.notes["channels"])["layer2.1.conv1"][0] > 0  # type: ignore[call-overload]
-
-
-def test_a_trace_has_no_addition_of_zero() -> None:
-    def forward(net: Any, x: Tensor) -> Tensor:
-        y = (net.zero(net.conv1(x) * net.conv1(x).sigmoid()) + x).relu()
-        return y + x  # type: ignore[no-any-return]
-
-    model = Around(forward, zero=Zero()).eval()
-    graph, x = trace(model), torch.randn(2, *SHAPE)
-    assert [node.name for node in graph.nodes] == ["x", "stem", "relu", "relu_1", "add_1", "mean", "last", "output"]
-    assert torch.equal(fx.GraphModule(model, graph)(x), model(x))
-    changing = Around(lambda net, x: torch.relu_(net.zero(net.conv1(x)) + x) + x, zero=Zero()).eval()
-    with pytest.raises(ValueError, match="changes a tensor in place that is read again later"):
-        trace(changing)
 
 
 def test_harm_is_measured_with_the_mean_of_the_branch(tmp_path: Path) -> None:

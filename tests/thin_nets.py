@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,22 @@ from torch import Tensor, nn
 
 from compress.models import as_net, small
 from compress.models.mobilenet import InvertedResidual
+
+
+class Around(nn.Module):
+    """A stem, something around two convolutions, and a linear layer."""
+
+    def __init__(self, around: Callable[[Any, Tensor], Tensor], **more: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        self.conv1, self.conv2 = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.around = around
+        for name, module in more.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.around(self, self.stem(x).relu())
+        return self.last(x.mean((2, 3)))  # type: ignore[no-any-return]  # calls of modules are untyped
 
 
 class Concatenated(nn.Module):
