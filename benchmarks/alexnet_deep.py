@@ -17,14 +17,14 @@ from common import RESULTS, compress, data_root, figures, record
 DEEP = (
     "recipe=deep_compression",
     "stages.prune.amount=0.975",
-    "stages.prune.epochs=2",
-    "stages.recover.epochs=4",
-    "stages.polish.epochs=2",
+    "stages.prune.epochs=10",
+    "stages.recover.epochs=10",
+    "stages.polish.epochs=4",
 )
-PRUNE = "+stages.prune={_target_:compress.stages.Prune,amount:0.6,schedule:cubic,epochs:2}"
-THIN = "+stages.thin={_target_:compress.stages.FineTune,epochs:4,lr:0.02,distill:0.5}"
+PRUNE = "+stages.prune={_target_:compress.stages.Prune,amount:0.6,schedule:cubic,epochs:6}"
+THIN = "+stages.thin={_target_:compress.stages.FineTune,epochs:10,lr:0.02,distill:0.5}"
 CLUSTER = "+stages.cluster={_target_:compress.stages.Cluster,bits:4}"
-POLISH = "+stages.polish={_target_:compress.stages.FineTune,epochs:2,lr:2e-3,distill:0.5}"
+POLISH = "+stages.polish={_target_:compress.stages.FineTune,epochs:4,lr:2e-3,distill:0.5}"
 ROWS = {
     "deep": DEEP,
     "fire": ("recipe=alexnet_fire", *SMALL, PRUNE, THIN, CLUSTER, POLISH),

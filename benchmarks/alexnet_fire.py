@@ -1,7 +1,7 @@
 """SqueezeNet's claim on CIFAR-10: AlexNet's accuracy with fifty times fewer parameters: `alexnet_fire.py [SEED ...]`.
 
 The base, AlexNet's form for CIFAR (35.8 M parameters), is trained from nothing with seed 0, on the labels and on the
-answers of the published ResNet-20; the recipe `alexnet_fire` then makes the small network with each seed (0, 1, 2) and
+answers of the published ResNet-56; the recipe `alexnet_fire` then makes the small network with each seed (0, 1, 2) and
 the same teacher.
 Rows are stored as they come. All is kept in `outputs/benchmarks/alexnet_fire`, where a run that was killed goes on.
 """
@@ -17,18 +17,18 @@ from common import RESULTS, ROOT, cifar, compress, data_root, figures, record
 FOLDER = ROOT / "outputs" / "benchmarks" / "alexnet_fire"
 SEEDS = (0, 1, 2)
 TEACHER = FOLDER / "teacher" / "base.safetensors"
-BASE = ("model.train.epochs=20", "model.train.lr=0.05", "+model.train.distill=0.7")
+BASE = ("model.train.epochs=40", "model.train.lr=0.05", "+model.train.distill=0.7")
 TAUGHT = (*BASE, f"+model.train.teacher={TEACHER}")
-SMALL = ("stages.fire.squeeze=0.375", "stages.recover.epochs=20", "stages.recover.distill=0.7")
+SMALL = ("stages.fire.squeeze=0.375", "stages.recover.epochs=30", "stages.recover.distill=0.7")
 SMALL_TEACHER = f"+stages.recover.teacher={TEACHER}"
 
 
 def make_teacher() -> None:
-    """A checkpoint of the published ResNet-20: the base of a run that does next to nothing with it."""
+    """A checkpoint of the published ResNet-56: the base of a run that does next to nothing with it."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not TEACHER.exists():
         fold = "+stages.fold={_target_:compress.stages.FoldBatchNorm}"
-        compress(FOLDER, fold, *cifar("resnet20"), "measure=none", "export=[]", out="teacher")
+        compress(FOLDER, fold, *cifar("resnet56"), "measure=none", "export=[]", out="teacher")
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 For several weights of the displacements' L1 norm: how many displacements are zero, and what that costs against the same
 network trained without the pull, on the same test images. The networks: the recipe `sparse_shift` on the published
 ResNet-20, with five epochs; and ShiftResNet-20, trained from nothing with Chen et al.'s displacements, one for each of
-three or six times as many channels, in 8 and in 20. Without any row named, all that are not stored yet are run.
+three or six times as many channels, in 8 and in 20; and the latter frozen half-way, as they do: 20 epochs more in which
+only the weights learn. Without any row named, all that are not stored yet are run.
 `correct` in a row says which test images the network gets right: a bit for each, in base64.
 """
 
@@ -30,12 +31,18 @@ from compress.train import logits
 # in the recipe's five epochs, 1400 x l1 in eight at twice the rate, 3500 x l1 in twenty; half a pixel makes a neighbour
 # of zero a zero.
 L1 = {
+    "shift_resnet20x6_frozen": (0.0, 1.75e-4, 2e-4),
     "shift_resnet20x6": (0.0, 1.5e-4, 2e-4, 3e-4),
     "shift_resnet20": (0.0, 5e-4),
     "resnet20": (0.0, 1.5e-3),
 }
-TRAINED = {"shift_resnet20": (3, 8), "shift_resnet20x6": (6, 20)}  # expansion, epochs
+TRAINED = {  # expansion, epochs, epochs with the displacements frozen
+    "shift_resnet20": (3, 8, 0),
+    "shift_resnet20x6": (6, 20, 0),
+    "shift_resnet20x6_frozen": (6, 20, 20),
+}
 FREEZE = "+stages.freeze={_target_:compress.stages.FreezeShifts}"
+SETTLE = "+stages.settle={{_target_:compress.stages.FineTune,epochs:{epochs},lr:0.05}}"
 CONTEXT: dict[str, Any] = {"data": "CIFAR-10, 10,000 test images", "seed": 0}
 Row = dict[str, Any]
 
@@ -60,9 +67,10 @@ def correct_on_test(checkpoint: Path) -> Tensor:
 def settings(net: str, l1: float) -> list[str]:
     if net == "resnet20":
         return ["recipe=sparse_shift", *cifar(), f"stages.shift.l1={l1}", "stages.recover.epochs=5"]
-    expansion, epochs = TRAINED[net]
+    expansion, epochs, frozen = TRAINED[net]
     model = [f"model.expansion={expansion}", "model.shift=sparse", f"model.l1={l1}", f"model.train.epochs={epochs}"]
-    return ["model=shift_resnet20", *model, "data=cifar10", f"data.root={data_root()}", FREEZE]
+    stages = [FREEZE, SETTLE.format(epochs=frozen)] if frozen else [FREEZE]
+    return ["model=shift_resnet20", *model, "data=cifar10", f"data.root={data_root()}", *stages]
 
 
 def trained(net: str, l1: float, folder: Path) -> Row:
