@@ -1,8 +1,8 @@
 """Deep Compression of AlexNet's form for CIFAR, and of what `alexnet_fire` makes of it: `alexnet_deep.py [ROW ...]`.
 
-The base is the one that `alexnet_fire.py 0` trained; `fire` goes on from its small network of seed 0, found in the
-store. Rows are stored as they come; all is kept in `outputs/benchmarks/alexnet_fire`, where a run that was killed goes
-on.
+The base is that of `alexnet_fire.py 0`, and `fire` goes on from its small network of seed 0: both are found in the
+store, or made. Rows are stored as they come; all is kept in `outputs/benchmarks/alexnet_fire`, where a run that was
+killed goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-from alexnet_fire import FOLDER, SMALL, SMALL_TEACHER, TAUGHT
+from alexnet_fire import FOLDER, SMALL, SMALL_TEACHER, TAUGHT, make_teacher
 from common import RESULTS, compress, data_root, figures, record
 
 DEEP = (
@@ -32,8 +32,7 @@ ROWS = {
 
 
 def main() -> None:
-    if not any(FOLDER.glob("seed-0*/base.safetensors")):
-        sys.exit(f"{FOLDER} has no base yet: `alexnet_fire.py 0` trains it.")
+    make_teacher()
     file = RESULTS / "alexnet_deep.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     known = {row["name"] for row in rows}
