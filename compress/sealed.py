@@ -21,7 +21,7 @@ from compress.errors import CheckpointError, UserError
 
 FORMAT = 1
 FORMS = ("packed", "training")
-_KEY = "compress"
+KEY = "compress"  # of the JSON in the file's metadata
 _FIELDS: dict[str, type] = {
     **{"format": int, "form": str, "build": list, "modules": list, "parametrizations": list, "quantizers": list},
     **{"dtypes": dict, "whole": list, "codecs": list, "input": dict, "provenance": dict, "results": dict},
@@ -42,7 +42,7 @@ def seal(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
         raise UserError(f"`input`, `provenance` and `results` must be plain JSON: {error}.") from error
     if not same:
         raise UserError("`input`, `provenance` and `results` must be plain JSON: text keys, lists instead of tuples.")
-    return tensor_bytes(dict(tensors), metadata={_KEY: sealed})
+    return tensor_bytes(dict(tensors), metadata={KEY: sealed})
 
 
 def _json(content: Any) -> str:
@@ -87,7 +87,7 @@ def unseal(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         tensors = read_tensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        text = (header.get("__metadata__") or {}).get(_KEY)
+        text = (header.get("__metadata__") or {}).get(KEY)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"not a safetensors file, or a truncated one ({error}).") from error
     if text is None:

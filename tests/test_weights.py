@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compress import checkpoint
 from compress.errors import DataError
-from compress.models import resnet20
+from compress.models import resnet20, small
 from compress.models.weights import load_weights, read_weights
 
 
@@ -31,6 +32,30 @@ def message(path: Path, model: nn.Module | None = None) -> str:
         load_weights(model, path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     return str(raised.value)
+
+
+def checkpoint_of(model: nn.Module, path: Path) -> Path:
+    build = ("compress.models.small", {"classes": 3, "channels": 1})
+    checkpoint.save(model, path, build=build, input={}, provenance={}, results={})
+    return path
+
+
+def test_a_checkpoint_of_ours_loads(tmp_path: Path) -> None:
+    given, model = (small(classes=3, channels=1) for _ in range(2))
+    load_weights(model, checkpoint_of(given, tmp_path / "base.safetensors"))
+    assert all(torch.equal(tensor, given.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_network_does_not_fit(tmp_path: Path) -> None:
+    assert "do not fit Sequential" in message(checkpoint_of(small(classes=3, channels=1), tmp_path / "w.safetensors"))
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = checkpoint_of(small(classes=3, channels=1), tmp_path / "base.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert "SHA-256" in message(path, small(classes=3, channels=1))
 
 
 @pytest.mark.parametrize("ending", [".th", ".pt", ".pth", ".safetensors"])

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.lower.forms import choose
+from compress.lower.fill import choose_filling
+from compress.lower.forms import Choice, choose, in_float
 from compress.lower.onnx_file import export_onnx
+from compress.lower.plain import lower
 from compress.lower.pt2 import export_pt2
 from compress.lower.pt2_x86 import export_pt2_x86
 
@@ -38,12 +40,18 @@ def write_file(
     `store`. The model is left as it was.
     """
     model = copy.deepcopy(model).cpu().eval()
-    chosen = {}
-    if forms == "measured" and path.suffix == SUFFIXES.get(target, ".pt2"):
+    chosen: dict[str, Choice] = {}
+    measured = forms == "measured" and path.suffix == SUFFIXES.get(target, ".pt2")
+    if measured:
         chosen = choose(model, example, target, store)
     names = {name: choice.form for name, choice in chosen.items()}
     if path.suffix == EXPORTS["onnx"]:
-        written = export_onnx(model, example, path, input=input, normalize=normalize, target=target, forms=names)
+        filling = None
+        if measured and in_float(model):
+            filling, filled = choose_filling(lower(model, target, names), example, target, store)
+            chosen = chosen | filled
+        settings: dict[str, Any] = {"normalize": normalize, "target": target, "forms": names, "filling": filling}
+        written = export_onnx(model, example, path, input=input, **settings)
     elif path.name.endswith(EXPORTS["pt2_x86"]):
         written = export_pt2_x86(model, example, path, forms=names)
     else:

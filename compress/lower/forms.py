@@ -56,8 +56,7 @@ def choose(
     `store` is a folder for what was measured; a question that was asked before is answered from there.
     """
     known = {name: layer for name, layer in leaves(model) if hasattr(kind(layer), "forms")}
-    floating = not quantizer_places(model) and not weight_scales(model)
-    shapes = _shapes(model, known, example) if known and floating else {}
+    shapes = _shapes(model, known, example) if known and in_float(model) else {}
     choices, answers = {}, dict[str, Choice]()
     for name, layer in known.items():
         forms: dict[str, nn.Module] = layer.forms(target)  # type: ignore[operator]  # by its contract
@@ -66,11 +65,16 @@ def choose(
         if len(tried) > 1:
             question = _question(tried, shapes[name], target)
             if question not in answers:
-                answers[question] = _answer(question, tried, shapes[name], target, store)
+                answers[question] = answer(tried, shapes[name], target, store)
             choice = answers[question]
         if len(forms) > 1:
             choices[name] = choice
     return choices
+
+
+def in_float(model: nn.Module) -> bool:
+    """Whether nothing in the model is quantized."""
+    return not quantizer_places(model) and not weight_scales(model)
 
 
 def _shapes(model: nn.Module, known: Mapping[str, nn.Module], example: Tensor) -> dict[str, tuple[int, ...]]:
@@ -126,19 +130,31 @@ def _question(forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: st
 def fastest(forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: str) -> nn.Module:
     """The form that a file for `target` takes for images of `shape` (C, H, W), measured now."""
     tried = worth_trying(forms, shape)
-    form = _answer("", tried, shape, target, None).form if len(tried) > 1 else next(iter(forms))
+    form = answer(tried, shape, target).form if len(tried) > 1 else next(iter(forms))
     return forms[form]
 
 
-def _answer(
-    question: str, forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: str, store: Path | None
+def answer(
+    forms: Mapping[str, nn.Module],
+    shape: tuple[int, ...],
+    target: str,
+    store: Path | None = None,
+    *,
+    seconds: float = SECONDS,
+    at_most: float = gate.FASTER,
 ) -> Choice:
+    """The fastest of equal forms for one image of `shape` (C, H, W), as measured, or as stored in the folder `store`.
+
+    One that is not the first is taken where it takes `at_most` so much of the first one's time in each round, each
+    form working for `seconds` a round.
+    """
+    question = _question(forms, shape, target)
     file = None if store is None else store / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json"
     if file is not None and (stored := _read(file, forms)):
         return stored
     default = next(iter(forms))
-    times = gate.timed(forms, shape, target, SECONDS)
-    faster = [name for name, time in times.items() if name != default and time.ratio_high <= gate.FASTER]
+    times = gate.timed(forms, shape, target, seconds)
+    faster = [name for name, time in times.items() if name != default and time.ratio_high <= at_most]
     best = min(faster, key=lambda name: times[name].ratio, default=default)
     choice = Choice(best, {name: round(time.p50_ms, 4) for name, time in times.items()})
     if file is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.files import write
+from compress.lower.fill import FILLED, Filling
 from compress.lower.parity import parity
 from compress.lower.plain import Grid, computed_in_float, lower, matching_steps
 from compress.lower.pt2 import exported
@@ -32,6 +33,7 @@ def export_onnx(
     normalize: bool = False,
     target: str = "onnxruntime",
     forms: Mapping[str, str] | None = None,
+    filling: Filling | None = None,
 ) -> dict[str, Any]:
     """Write `model` to `path` with a dynamic batch; its input is called "input", its output "logits".
 
@@ -39,7 +41,7 @@ def export_onnx(
     quantize/dequantize pair for each tensor. `example` is a normalised batch of at least two, (N, C, H, W). `input`
     describes what the network wants and is stored in the file's metadata; with `normalize` the file takes the raw
     numbers (0 .. `input["scale"]`) and normalises them itself, which the metadata says. `forms` is as in `lower`, and
-    is in the metadata too.
+    is in the metadata too. `filling` says which channels are filled up with zeros; not for a quantized model.
 
     Returns:
         {"file", "bytes", "float_layers", "parity": [{"batch", "max_abs", "top1_agreement"}, ...]}: `float_layers`
@@ -48,6 +50,7 @@ def export_onnx(
     from compress.lower import onnx_integers
 
     plain = lower(model, target, forms).cpu()
+    plain = plain if filling is None else filling(plain)
     steps, lost = matching_steps(model, plain)
     for module in list(plain.modules()):
         if isinstance(module, Grid):
@@ -81,8 +84,9 @@ def export_onnx(
     for value in [*program.model.graph.initializers.values(), *program.model.graph.inputs]:
         value.metadata_props.clear()
     program.model.metadata_props["input"] = json.dumps({**input, "normalized_by_file": normalize})
-    if forms:
-        program.model.metadata_props["forms"] = json.dumps(dict(forms))
+    taken = {**(forms or {}), **dict.fromkeys(filling.readers if filling else (), FILLED)}
+    if taken:
+        program.model.metadata_props["forms"] = json.dumps(taken)
     write(path, program.model_proto.SerializeToString())
     original = copy.deepcopy(model).cpu().eval()
     rows = parity(Normalized(original, input) if normalize else original, _runtime(path), raw)

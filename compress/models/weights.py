@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import DataError
+from compress.errors import CheckpointError, DataError
+from compress.sealed import KEY
 
 ENDINGS = (".th", ".pt", ".pth", ".safetensors")
 WRAPPERS = ("state_dict", "model")
@@ -19,7 +20,7 @@ MOST = 10  # names shown of each kind
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Put the tensors of a `.th`, `.pt`, `.pth` or `.safetensors` file into `model`.
+    """Put the tensors of a `.th`, `.pt`, `.pth` or `.safetensors` file, or of a checkpoint of ours, into `model`.
 
     `{"state_dict": ...}` and `{"model": ...}` are opened, a `module.` before every name is stripped. Numbers are cast
     to the model's own types. Batch norm's `num_batches_tracked` may be missing, as in old files. A model with a method
@@ -32,7 +33,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     given, own = read_weights(path), model.state_dict()
     if given and all(name.startswith("module.") for name in given) and not all(n.startswith("module.") for n in own):
         given = {name.removeprefix("module."): tensor for name, tensor in given.items()}
-    if hasattr(model, "translate"):
+    if hasattr(model, "translate") and not given.keys() <= own.keys():
         given = model.translate(given)  # type: ignore[operator]  # nn.Module attributes are untyped
     counters = {name for name in own if name.endswith("num_batches_tracked")}
     missing = [name for name in own if name not in given and name not in counters]
@@ -54,6 +55,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The named tensors of a file, on the CPU, names as they are in it. No code of the file is run.
+
+    Of a checkpoint of ours they are what `load(path).state_dict()` has.
 
     Raises:
         DataError: a file that is absent, of another kind, truncated, or holds anything but tensors.
@@ -98,11 +101,19 @@ def _read_torch(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
+    from compress import checkpoint  # which imports the models
+
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            ours = KEY in (file.metadata() or {})
+        return checkpoint.load(path).state_dict() if ours else load_file(path)
+    except CheckpointError as error:
+        raise DataError(
+            f"`weights` cannot be taken from a checkpoint: {error} A file with its `state_dict()` alone will do."
+        ) from error
     except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
