@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from compress.files import write
 from compress.lower.plain import weight_scales
 from compress.nn.places import quantizer_places
 from compress.surgery import kind, leaves
+
+if TYPE_CHECKING:
+    from compress.measure import Latency
 
 FORMS = ("measured", "default")
 # Not tried until a stored result of benchmarks/shift_latency.py, which measures every form, shows that they win.
@@ -141,12 +144,12 @@ def answer(
     store: Path | None = None,
     *,
     seconds: float = SECONDS,
-    at_most: float = gate.FASTER,
+    wins: Callable[[Latency], bool] = lambda time: time.ratio_high <= gate.FASTER,
 ) -> Choice:
     """The fastest of equal forms for one image of `shape` (C, H, W), as measured, or as stored in the folder `store`.
 
-    One that is not the first is taken where it takes `at_most` so much of the first one's time in each round, each
-    form working for `seconds` a round.
+    One that is not the first is taken where it `wins` by its time and by its ratios to the first; each form works for
+    `seconds` a round.
     """
     question = _question(forms, shape, target)
     file = None if store is None else store / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json"
@@ -154,7 +157,7 @@ def answer(
         return stored
     default = next(iter(forms))
     times = gate.timed(forms, shape, target, seconds)
-    faster = [name for name, time in times.items() if name != default and time.ratio_high <= at_most]
+    faster = [name for name, time in times.items() if name != default and wins(time)]
     best = min(faster, key=lambda name: times[name].ratio, default=default)
     choice = Choice(best, {name: round(time.p50_ms, 4) for name, time in times.items()})
     if file is None:
