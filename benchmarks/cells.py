@@ -16,8 +16,9 @@ def kilobytes(size: int) -> str:
 
 def machine(content: Row) -> str:
     hardware, versions = content["hardware"], content["versions"]
+    gpu = f", {hardware['gpu']}" if hardware["gpu"] else ""
     return (
-        f"{hardware['processor']}, {hardware['cores']} cores; torch {versions['torch']}, "
+        f"{hardware['processor']}, {hardware['cores']} cores{gpu}; torch {versions['torch']}, "
         f"onnxruntime {versions['onnxruntime']}"
     )
 

@@ -27,7 +27,7 @@ from compress.lower import EXPORTS
 from compress.lower.forms import FORMS
 from compress.lower.pt2_x86 import pt2_x86_problems
 from compress.measure import RUNTIMES
-from compress.models.weights import load_weights
+from compress.models.weights import load_weights, other_input
 from compress.quantization import is_quantized
 from compress.stage import Stage, missing_problems, order_problems
 from compress.targets import collecting, factory, stage
@@ -229,6 +229,7 @@ def _model(
         with collecting(problems):
             base = _base(target, function, arguments, weights)
             problems += _misfits(base, stages)
+            problems += other_input(weights, task.input) if weights is not None else []
     return (target, arguments), weights, None if weights else train
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from compress import checkpoint
 from compress.errors import DataError
 from compress.models import resnet20, small
-from compress.models.weights import load_weights, read_weights
+from compress.models.weights import load_weights, other_input, read_weights
 
 
 def net(width: int = 4) -> nn.Sequential:
@@ -34,9 +35,9 @@ def message(path: Path, model: nn.Module | None = None) -> str:
     return str(raised.value)
 
 
-def checkpoint_of(model: nn.Module, path: Path) -> Path:
+def checkpoint_of(model: nn.Module, path: Path, input: dict[str, Any] | None = None) -> Path:
     build = ("compress.models.small", {"classes": 3, "channels": 1})
-    checkpoint.save(model, path, build=build, input={}, provenance={}, results={})
+    checkpoint.save(model, path, build=build, input=input or {}, provenance={}, results={})
     return path
 
 
@@ -48,6 +49,16 @@ def test_a_checkpoint_of_ours_loads(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_network_does_not_fit(tmp_path: Path) -> None:
     assert "do not fit Sequential" in message(checkpoint_of(small(classes=3, channels=1), tmp_path / "w.safetensors"))
+
+
+def test_a_checkpoint_says_what_input_its_weights_want(tmp_path: Path) -> None:
+    wanted = {"order": "rgb", "scale": 255.0, "mean": [0.5], "std": [0.25]}
+    path = checkpoint_of(small(classes=3, channels=1), tmp_path / "base.safetensors", wanted)
+    assert other_input(path, {**wanted, "size": [8, 8]}) == []
+    (problem,) = other_input(path, {**wanted, "mean": [0.4], "std": [0.2]})
+    assert problem.endswith("want another input than they get here; set model.input.mean=[0.5] model.input.std=[0.25].")
+    save_file(state(), tmp_path / "plain.safetensors")
+    assert other_input(tmp_path / "plain.safetensors", wanted) == []
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from compress.errors import ConfigError
 
 CHANNELS = {"rgb": 3, "bgr": 3, "gray": 1}
-KEYS = ("order", "scale", "mean", "std", "size", "resize", "crop")
+NORMALIZATION = ("order", "scale", "mean", "std")
+KEYS = (*NORMALIZATION, "size", "resize", "crop")
 
 
 def complete(default: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 from collections.abc import Iterable, Mapping
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.data.input import NORMALIZATION
 from compress.errors import CheckpointError, DataError
 from compress.sealed import KEY
 
 ENDINGS = (".th", ".pt", ".pth", ".safetensors")
 WRAPPERS = ("state_dict", "model")
 MOST = 10  # names shown of each kind
+COMPACT = (",", ":")  # in JSON, so that a setting is one word of a command line
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -51,6 +54,22 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if broken:
         raise DataError(f"`weights` (={str(path)!r}) hold NaN or infinity in {_some(broken)}.")
     model.load_state_dict({**{name: own[name] for name in counters}, **given})
+
+
+def other_input(path: str | Path, given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with giving the input `given` to weights of this file, which may say what they want; as sentences.
+
+    Only a checkpoint of ours says it.
+    """
+    from compress import checkpoint
+
+    path = Path(path)
+    wanted = checkpoint.read(path)["input"] if path.suffix == ".safetensors" and _is_checkpoint(path) else {}
+    other = [key for key in NORMALIZATION if key in wanted and wanted[key] != given.get(key)]
+    if not other:
+        return []
+    change = " ".join(f"model.input.{key}={json.dumps(wanted[key], separators=COMPACT)}" for key in other)
+    return [f"`model.weights` (={str(path)!r}) want another input than they get here; set {change}."]
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -101,21 +120,26 @@ def _read_torch(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from compress import checkpoint  # which imports the models
 
     try:
-        with safe_open(path, "pt") as file:
-            ours = KEY in (file.metadata() or {})
-        return checkpoint.load(path).state_dict() if ours else load_file(path)
+        return checkpoint.load(path).state_dict() if _is_checkpoint(path) else load_file(path)
     except CheckpointError as error:
         raise DataError(
             f"`weights` cannot be taken from a checkpoint: {error} A file with its `state_dict()` alone will do."
         ) from error
     except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
+
+
+def _is_checkpoint(path: Path) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return KEY in (file.metadata() or {})
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
