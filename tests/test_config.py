@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from compress import checkpoint, plan, targets
+from compress import plan, targets
 from compress.errors import ConfigError
-from compress.models import small
 from compress.stage import Edit
 
 
@@ -284,19 +283,6 @@ def test_weights_are_tried_on_the_model(tmp_path: Path) -> None:
     torch.save(net(10, 1, width=5).state_dict(), file)
     with pytest.raises(ConfigError, match=r"conv1\.weight"):
         plan.make(settings(tmp_path, model={"weights": str(file)}))
-
-
-def test_weights_that_want_another_input_are_told(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = tmp_path_factory.mktemp("weights") / "base.safetensors"
-    model: dict[str, Any] = {"_target_": "compress.models.small"}
-    ready = plan.make(settings(tmp_path, model=model))
-    assert ready.build is not None
-    wanted = {**ready.task.input, "mean": [0.25]}
-    checkpoint.save(small(**ready.build[1]), file, build=ready.build, input=wanted, provenance={}, results={})
-    model["weights"] = str(file)
-    (problem,) = problems(tmp_path, model=model)
-    assert "set model.input.mean=[0.25]" in problem
-    assert plan.make(settings(tmp_path, model={**model, "input": {"mean": [0.25]}})).weights == file
 
 
 def test_checking_draws_no_random_numbers(tmp_path: Path) -> None:

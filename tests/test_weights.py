@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_config import problems, settings
 from torch import Tensor, nn
 
-from compress import checkpoint
+from compress import checkpoint, plan
 from compress.errors import DataError
 from compress.models import resnet20, small
 from compress.models.weights import load_weights, other_input, read_weights
@@ -59,6 +60,19 @@ def test_a_checkpoint_says_what_input_its_weights_want(tmp_path: Path) -> None:
     assert problem.endswith("want another input than they get here; set model.input.mean=[0.5] model.input.std=[0.25].")
     save_file(state(), tmp_path / "plain.safetensors")
     assert other_input(tmp_path / "plain.safetensors", wanted) == []
+
+
+def test_a_run_with_another_input_is_refused(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("weights") / "base.safetensors"
+    model: dict[str, Any] = {"_target_": "compress.models.small"}
+    ready = plan.make(settings(tmp_path, model=model))
+    assert ready.build is not None
+    wanted = {**ready.task.input, "mean": [0.25]}
+    checkpoint.save(small(**ready.build[1]), file, build=ready.build, input=wanted, provenance={}, results={})
+    model["weights"] = str(file)
+    (problem,) = problems(tmp_path, model=model)
+    assert "set model.input.mean=[0.25]" in problem
+    assert plan.make(settings(tmp_path, model={**model, "input": {"mean": [0.25]}})).weights == file
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

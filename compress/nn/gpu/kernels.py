@@ -21,6 +21,16 @@ def _positions(first, positions, height, width, P: tl.constexpr):
 
 
 @triton.jit
+def _channels(d, channels, K: tl.constexpr):
+    """K channels, and the whole part (down, right) and the rest (b, a) of their displacements; each (1, K)."""
+    c = tl.program_id(1) * K + tl.arange(0, K)[None, :]
+    dy = tl.load(d + 2 * c, mask=c < channels, other=0.0)
+    dx = tl.load(d + 2 * c + 1, mask=c < channels, other=0.0)
+    top, left = tl.floor(dy), tl.floor(dx)
+    return c, top.to(tl.int32), left.to(tl.int32), dy - top, dx - left
+
+
+@triton.jit
 def _within(at, size):
     return (at >= 0) & (at < size)
 
@@ -32,11 +42,7 @@ def move(
 ):  # fmt: skip
     """y = x displaced by d (channels, 2), every S-th position of it."""
     n, h, w, there = _positions(tl.program_id(0) * P, positions, height, width, P)
-    c = tl.program_id(1) * K + tl.arange(0, K)[None, :]
-    dy = tl.load(d + 2 * c, mask=c < channels, other=0.0)
-    dx = tl.load(d + 2 * c + 1, mask=c < channels, other=0.0)
-    top, left = tl.floor(dy), tl.floor(dx)
-    down, right = top.to(tl.int32), left.to(tl.int32)
+    c, down, right, b, a = _channels(d, channels, K)
     fine = there & (c < channels)
     start = x + (n * xn + (h * S) * xh + (w * S) * xw)
     step = c * xc + down * xh + right * xw
@@ -45,7 +51,6 @@ def move(
         inside = fine & _within(row, x_height) & _within(column, x_width)
         total = tl.load(start + step, mask=inside, other=0.0).to(tl.float32)
     else:
-        b, a = dy - top, dx - left
         above, below = fine & _within(row, x_height), fine & _within(row + 1, x_height)
         before, behind = _within(column, x_width), _within(column + 1, x_width)
         place = start + step
@@ -69,19 +74,16 @@ def move_back(
 ):  # fmt: skip
     """The adjoint of `move`, for strides above 1: y gets from g what went from y's positions to g's."""
     n, h, w, there = _positions(tl.program_id(0) * P, positions, height, width, P)
-    c = tl.program_id(1) * K + tl.arange(0, K)[None, :]
-    dy = tl.load(d + 2 * c, mask=c < channels, other=0.0)
-    dx = tl.load(d + 2 * c + 1, mask=c < channels, other=0.0)
-    top, left = tl.floor(dy), tl.floor(dx)
+    c, down, right, b, a = _channels(d, channels, K)
     fine = there & (c < channels)
     total = tl.zeros((P, K), tl.float32)
     for i in tl.static_range(1 if WHOLE else 2):
         for j in tl.static_range(1 if WHOLE else 2):
-            row, column = _taken(h - top.to(tl.int32) - i, S), _taken(w - left.to(tl.int32) - j, S)
+            row, column = _taken(h - down - i, S), _taken(w - right - j, S)
             inside = fine & _within(row, g_height) & _within(column, g_width)
             value = tl.load(g + n * gn + (c * gc + row * gh + column * gw), mask=inside, other=0.0).to(tl.float32)
             if not WHOLE:
-                value *= (dy - top if i else 1 - (dy - top)) * (dx - left if j else 1 - (dx - left))
+                value *= (b if i else 1 - b) * (a if j else 1 - a)
             total += value
     tl.store(y + (n * yn + h * yh + w * yw) + c * yc, total.to(y.dtype.element_ty), mask=fine)
 
@@ -92,12 +94,7 @@ def slopes(
     S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """parts[program, c] = the sum over R * P positions of g times the derivative of x displaced by d, after d."""
-    c = tl.program_id(1) * K + tl.arange(0, K)[None, :]
-    dy = tl.load(d + 2 * c, mask=c < channels, other=0.0)
-    dx = tl.load(d + 2 * c + 1, mask=c < channels, other=0.0)
-    top, left = tl.floor(dy), tl.floor(dx)
-    b, a = dy - top, dx - left
-    down, right = top.to(tl.int32), left.to(tl.int32)
+    c, down, right, b, a = _channels(d, channels, K)
     step = c * xc + down * xh + right * xw
     by_y = tl.zeros((P, K), tl.float32)
     by_x = tl.zeros((P, K), tl.float32)
