@@ -40,6 +40,12 @@ def recipe(name: str, text: str) -> str:
             f"{kilobytes(row['base_bytes'])} to {kilobytes(row['bytes'])}, "
             f"time {row['latency']['ratio']:.2f} in onnxruntime at batch 1."
         )
+    elif name == "alexnet_fire" and (contents := stored(name)):
+        row = contents[0]["rows"][0]
+        measured = (
+            f"alexnet, CIFAR-10, seed {row['seed']}, `benchmarks/alexnet_fire.py`: {row['base_top1']:.2f} to "
+            f"{row['top1']:.2f} %, {kilobytes(row['base_bytes'])} to {kilobytes(row['bytes'])}."
+        )
     return re.sub(r"^# Measured: .*$", f"# Measured: {measured}", text, flags=re.MULTILINE)
 
 

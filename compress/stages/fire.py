@@ -17,7 +17,9 @@ Knobs. `squeeze`: squeeze channels as a share of the outputs, at most twice the 
 on. `ridge`: pulls the expand weights towards zero, as a share of the activations' mean power. `gate`: none, macs, bytes
 or latency: layers that do not get cheaper by it are kept.
 
-Measured. Not yet measured.
+Measured. ResNet-20 on CIFAR-10 (91.73 %, 1.09 MB), recipe `squeezenet`: 78.48 % before training, 89.35 after ten
+epochs, in 353 kB; no faster in onnxruntime (1.06 of the time for one image on 2 cores). AlexNet for CIFAR (90.81 %),
+recipe `alexnet_fire`: 91.26 % with 52 times fewer parameters. Beside other operators: `benchmarks/operators.py`.
 
 Reference. Iandola et al., arXiv:1602.07360.
 """

@@ -17,7 +17,9 @@ of few bits. `images`: how many calibration images the start is solved on. `ridg
 as a share of the activations' mean power. `gate`: none, macs, bytes or latency: layers that do not get cheaper by it
 are kept.
 
-Measured. Not yet measured.
+Measured. ResNet-20 on CIFAR-10 (91.73 %), recipe `inverted`, expansion 3: 89.57 % before training, 91.59 after ten
+epochs, in 0.80 of the MACs and 1.19 of the time in onnxruntime (one image, 2 cores). Expansion 1, beside other
+operators: `benchmarks/operators.py`.
 
 Reference. Sandler et al., CVPR 2018.
 """

@@ -16,7 +16,8 @@ Knobs. `images`: how many calibration images the linear layer is solved on; seve
 channels are wanted, and `data.calibration_images` has to allow for them. `ridge`: pulls its weights towards zero, as a
 share of the pooled features' mean power.
 
-Measured. Not yet measured.
+Measured. `benchmarks/alexnet_fire.py`: behind `Fire`, AlexNet's three fully connected layers for a pooled one cost
+87.46 to 84.56 % before training; 91.26 after it (base: 90.81).
 
 Reference. Lin et al., "Network in Network", ICLR 2014; Iandola et al., arXiv:1602.07360.
 """

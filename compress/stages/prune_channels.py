@@ -23,9 +23,9 @@ and leaves the others. `images`: over how many calibration images. `ridge`: pull
 the equations' diagonal. `include`, `exclude`: layers whose outputs may be removed.
 
 Measured. Before training: `benchmarks/surgery.py`; with it, beside torch-pruning alone: `benchmarks/channels.py`.
-ResNet-56 on CIFAR-10 (93.39 %), recipe `channels`, 2.13 times fewer MACs: 92.62 %, in 0.64 to 0.66 of the time. Where
-channels go one by one only, time falls less, since onnxruntime's kernels for AVX-512 take 16 channels at once; where
-branches go only, it follows the MACs, but fine-tuning gives less back.
+ResNet-56 on CIFAR-10 (93.39 %), recipe `channels`, 2.13 times fewer MACs: 92.62 %, in 0.62 of the time. Where channels
+go one by one only, time falls less, since onnxruntime's kernels for AVX-512 take 16 channels at once; where branches go
+only, it follows the MACs, but fine-tuning gives less back.
 
 Reference. Fang et al., "DepGraph", CVPR 2023; He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural
 Networks", ICCV 2017; Luo, Wu and Lin, "ThiNet", ICCV 2017.
