@@ -17,9 +17,9 @@ from common import RESULTS, compress, data_root, figures, record
 DEEP = (
     "recipe=deep_compression",
     "stages.prune.amount=0.975",
-    "stages.prune.epochs=10",
-    "stages.recover.epochs=10",
-    "stages.polish.epochs=4",
+    "stages.prune.epochs=4",
+    "stages.recover.epochs=6",
+    "stages.polish.epochs=2",
 )
 PRUNE = "+stages.prune={_target_:compress.stages.Prune,amount:0.6,schedule:cubic,epochs:6}"
 THIN = "+stages.thin={_target_:compress.stages.FineTune,epochs:10,lr:0.02,distill:0.5}"

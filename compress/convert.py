@@ -38,8 +38,8 @@ def convert(
 
     Files are named after the checkpoint, in its folder unless `out` is given; files of these names are replaced.
     `allow` is as in `compress.load`. `target` is the runtime that the files are for; with `forms="measured"` layers
-    that have several equal forms take the one that is fastest there, on this machine. With `normalize` the ONNX file
-    takes raw numbers and normalises them itself.
+    that have several equal forms take the one that is fastest there, on this machine, and so does the network where
+    channels can be filled up with zeros. With `normalize` the ONNX file takes raw numbers and normalises them itself.
 
     Returns:
         for each format what its exporter says: {"file", "bytes", "parity", ...}, the parity on noise.

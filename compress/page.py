@@ -86,6 +86,7 @@ def _template(name: str) -> Template:
         wording.percent,
         wording.parity_text,
         wording.forms_text,
+        wording.filling_text,
         wording.seconds_text,
         wording.displacements_text,
     ):

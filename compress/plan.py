@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from compress import surgery
+from compress import store, surgery
 from compress.constructors import Build, named
 from compress.data import Source, make_task
 from compress.errors import ConfigError
@@ -27,7 +27,7 @@ from compress.lower import EXPORTS
 from compress.lower.forms import FORMS
 from compress.lower.pt2_x86 import pt2_x86_problems
 from compress.measure import RUNTIMES
-from compress.models.weights import load_weights, other_input
+from compress.models.weights import load_weights
 from compress.quantization import is_quantized
 from compress.stage import Stage, missing_problems, order_problems
 from compress.targets import collecting, factory, stage
@@ -74,8 +74,8 @@ def make(settings: Mapping[str, Any]) -> Plan:
         problems.append(f"`seed` (={seed}) must be a whole number, 0 or more.")
         seed = 0
     out, cache = Path(str(settings["out"])), settings["cache"]
-    store = None if cache in (None, False, "off") else Path(str(cache))
-    for key, folder in (("out", out), ("cache", store)):
+    kept = None if cache in (None, False, "off") else Path(str(cache))
+    for key, folder in (("out", out), ("cache", kept)):
         if folder is not None:
             with collecting(problems):
                 require_writable(key, folder)
@@ -98,7 +98,7 @@ def make(settings: Mapping[str, Any]) -> Plan:
         target=settings["target"],
         measure=settings["measure"],
         forms=settings["forms"],
-        cache=store,
+        cache=kept,
     )
 
 
@@ -227,14 +227,14 @@ def _model(
             if name is not None:
                 arguments.setdefault(name, int(value))
         with collecting(problems):
-            base = _base(target, function, arguments, weights)
+            base = _base((target, arguments), function, weights, task.input)
             problems += _misfits(base, stages)
-            problems += other_input(weights, task.input) if weights is not None else []
     return (target, arguments), weights, None if weights else train
 
 
-def _base(target: str, function: Callable[..., Any], arguments: Mapping[str, Any], weights: Path | None) -> nn.Module:
+def _base(build: Build, function: Callable[..., Any], weights: Path | None, input: Mapping[str, Any]) -> nn.Module:
     """The base model for its structure's sake: without storage, unless there are weights to try on it."""
+    target, arguments = build
     errors = []
     for device in ("meta", "cpu") if weights is None else ("cpu",):
         try:
@@ -248,7 +248,7 @@ def _base(target: str, function: Callable[..., Any], arguments: Mapping[str, Any
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model._target_` (={target}) gave a {type(model).__name__}, not a torch.nn.Module.")
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, weights, allow=store.home(build), input=input)
     return model
 
 

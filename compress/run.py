@@ -280,7 +280,7 @@ def _base(
         assert model is not None
     what = {"build": place.build, "code": store.code_of(named(place.build[0])) if place.build else None}
     if weights is not None:
-        load_weights(model, Path(weights))
+        load_weights(model, weights, allow=store.home(place.build), input=task.input)
     elif train is not None:
         key = store.key(store.key("", what, task), [store.described(train), store.files_of(train)], task)
         return place.outcome("base", train, model, task, key), False

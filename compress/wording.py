@@ -55,6 +55,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         in_float = export.get("float_layers") or {}
         lines += [f"  in float: {name or '(the model itself)'}: {why}" for name, why in in_float.items()]
         lines += [f"  form {line}" for line in forms_text(export.get("forms"))]
+        lines += [f"  {line}" for line in filling_text(export.get("filling"))]
     return lines
 
 
@@ -66,6 +67,14 @@ def forms_text(forms: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
             times = ", ".join(f"{form} {ms:.3g} ms" for form, ms in choice["ms"].items())
             layers.setdefault(f"{choice['form']} ({times})", []).append(name or "(the model itself)")
     return [f"{figures}: {', '.join(names)}" for figures, names in layers.items()]
+
+
+def filling_text(filling: Mapping[str, Any] | None) -> list[str]:
+    """What became of channels that can be filled up: "channels filled with zeros (as they are 1.45 ms, ...): conv1"."""
+    if not filling:
+        return []
+    times = ", ".join(f"{form} {ms:.3g} ms" for form, ms in filling["ms"].items())
+    return [f"channels {filling['form']} ({times} for all the network): {', '.join(filling['layers'])}"]
 
 
 def reasons(kept: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -9,14 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from awkward import noise_task
 from safetensors.torch import save_file
 from test_config import problems, settings
 from torch import Tensor, nn
 
 from compress import checkpoint, plan
+from compress.constructors import Build
 from compress.errors import DataError
+from compress.lower import fold_batch_norm
 from compress.models import resnet20, small
-from compress.models.weights import load_weights, other_input, read_weights
+from compress.models.weights import load_weights, read_weights
+from compress.run import run
+from compress.stages import FoldBatchNorm
 
 
 def net(width: int = 4) -> nn.Sequential:
@@ -36,51 +41,74 @@ def message(path: Path, model: nn.Module | None = None) -> str:
     return str(raised.value)
 
 
-def checkpoint_of(model: nn.Module, path: Path, input: dict[str, Any] | None = None) -> Path:
-    build = ("compress.models.small", {"classes": 3, "channels": 1})
+BUILD = ("compress.models.small", {"classes": 3, "channels": 1})
+INPUT = {"order": "gray", "scale": 255.0, "mean": [0.5], "std": [0.25]}
+
+
+def checkpoint_of(model: nn.Module, path: Path, build: Build = BUILD, input: dict[str, Any] | None = None) -> Path:
     checkpoint.save(model, path, build=build, input=input or {}, provenance={}, results={})
     return path
 
 
 def test_a_checkpoint_of_ours_loads(tmp_path: Path) -> None:
-    given, model = (small(classes=3, channels=1) for _ in range(2))
+    given, model = (small(**BUILD[1]) for _ in range(2))
     load_weights(model, checkpoint_of(given, tmp_path / "base.safetensors"))
     assert all(torch.equal(tensor, given.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_checkpoint_of_another_network_does_not_fit(tmp_path: Path) -> None:
-    assert "do not fit Sequential" in message(checkpoint_of(small(classes=3, channels=1), tmp_path / "w.safetensors"))
+def test_a_checkpoint_of_another_network_is_told(tmp_path: Path) -> None:
+    said = message(checkpoint_of(small(**BUILD[1]), tmp_path / "w.safetensors"))
+    assert "the whole is CifarResNet there and Sequential here" in said
 
 
-def test_a_checkpoint_says_what_input_its_weights_want(tmp_path: Path) -> None:
-    wanted = {"order": "rgb", "scale": 255.0, "mean": [0.5], "std": [0.25]}
-    path = checkpoint_of(small(classes=3, channels=1), tmp_path / "base.safetensors", wanted)
-    assert other_input(path, {**wanted, "size": [8, 8]}) == []
-    (problem,) = other_input(path, {**wanted, "mean": [0.4], "std": [0.2]})
-    assert problem.endswith("want another input than they get here; set model.input.mean=[0.5] model.input.std=[0.25].")
-    save_file(state(), tmp_path / "plain.safetensors")
-    assert other_input(tmp_path / "plain.safetensors", wanted) == []
+def test_a_checkpoint_of_a_compressed_network_is_told(tmp_path: Path) -> None:
+    model = small(**BUILD[1])
+    fold_batch_norm(model.eval())
+    said = message(checkpoint_of(model, tmp_path / "model.safetensors"), small(**BUILD[1]))
+    assert "of a compressed one" in said and "is Identity there and BatchNorm2d here. Of a run give `base." in said
 
 
-def test_a_run_with_another_input_is_refused(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = tmp_path_factory.mktemp("weights") / "base.safetensors"
+def test_a_checkpoint_of_a_factory_from_elsewhere_needs_to_be_allowed(tmp_path: Path) -> None:
+    path = checkpoint_of(net(), tmp_path / "base.safetensors", build=("test_weights.net", {}))
+    assert "allow=['test_weights']" in message(path)
+    load_weights(net(), path, allow=["test_weights"])
+
+
+@pytest.mark.parametrize("key", ["order", "scale", "mean", "std"])
+def test_a_checkpoint_that_wants_another_input_is_refused(tmp_path: Path, key: str) -> None:
+    path = checkpoint_of(small(**BUILD[1]), tmp_path / "base.safetensors", input=INPUT)
+    load_weights(small(**BUILD[1]), path, input={**INPUT, "size": [8, 8]})
+    other: Any = {"order": "rgb", "scale": 1.0, "mean": [0.4], "std": [0.2]}[key]
+    with pytest.raises(DataError, match=rf"set model\.input\.{key}="):
+        load_weights(small(**BUILD[1]), path, input={**INPUT, key: other})
+
+
+def test_a_plan_tries_the_input_of_a_checkpoint(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     model: dict[str, Any] = {"_target_": "compress.models.small"}
     ready = plan.make(settings(tmp_path, model=model))
     assert ready.build is not None
     wanted = {**ready.task.input, "mean": [0.25]}
-    checkpoint.save(small(**ready.build[1]), file, build=ready.build, input=wanted, provenance={}, results={})
-    model["weights"] = str(file)
+    file = tmp_path_factory.mktemp("weights") / "base.safetensors"
+    model["weights"] = str(checkpoint_of(small(**ready.build[1]), file, ready.build, wanted))
     (problem,) = problems(tmp_path, model=model)
-    assert "set model.input.mean=[0.25]" in problem
+    assert problem.endswith("set model.input.mean=[0.25].")
     assert plan.make(settings(tmp_path, model={**model, "input": {"mean": [0.25]}})).weights == file
 
 
+def test_a_run_tries_the_input_of_a_checkpoint(tmp_path: Path) -> None:
+    task = noise_task()
+    build = ("compress.models.small", {"classes": 3, "channels": 3})
+    path = checkpoint_of(small(**build[1]), tmp_path / "base.safetensors", build, {**task.input, "mean": [0.5] * 3})
+    with pytest.raises(DataError, match=r"set model\.input\.mean="):
+        run({"fold": FoldBatchNorm()}, task, build=build, weights=path, out=tmp_path / "out", cache=None)
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    path = checkpoint_of(small(classes=3, channels=1), tmp_path / "base.safetensors")
+    path = checkpoint_of(small(**BUILD[1]), tmp_path / "base.safetensors")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert "SHA-256" in message(path, small(classes=3, channels=1))
+    assert "SHA-256" in message(path, small(**BUILD[1]))
 
 
 @pytest.mark.parametrize("ending", [".th", ".pt", ".pth", ".safetensors"])

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.lower.fill import choose_filling
-from compress.lower.forms import Choice, choose, in_float
+from compress.lower.fill import FILLED, choose_filling
+from compress.lower.forms import choose, in_float
 from compress.lower.onnx_file import export_onnx
 from compress.lower.plain import lower
 from compress.lower.pt2 import export_pt2
@@ -36,24 +36,26 @@ def write_file(
     """Export `model` to `path`, whose ending is one of `EXPORTS`; gives back what the exporter says, and the forms.
 
     `example` is a normalised batch of at least two, on which the file is compared with the model. `forms` is
-    "measured" or "default"; it is measured only for the kind of file that `target` runs, and kept in the folder
-    `store`. The model is left as it was.
+    "measured" or "default": which of its equal forms a layer takes, and whether channels are filled up with zeros. It
+    is measured only for the kind of file that `target` runs, and kept in the folder `store`. The model is left as it
+    was.
     """
-    model = copy.deepcopy(model).cpu().eval()
-    chosen: dict[str, Choice] = {}
+    model, example = copy.deepcopy(model).cpu().eval(), example.detach().cpu()
     measured = forms == "measured" and path.suffix == SUFFIXES.get(target, ".pt2")
-    if measured:
-        chosen = choose(model, example, target, store)
+    chosen = choose(model, example, target, store) if measured else {}
     names = {name: choice.form for name, choice in chosen.items()}
+    said: dict[str, Any] = {"file": path.name, "forms": {name: asdict(choice) for name, choice in chosen.items()}}
     if path.suffix == EXPORTS["onnx"]:
-        filling = None
-        if measured and in_float(model):
-            filling, filled = choose_filling(lower(model, target, names), example, target, store)
-            chosen = chosen | filled
-        settings: dict[str, Any] = {"normalize": normalize, "target": target, "forms": names, "filling": filling}
+        settings: dict[str, Any] = {"normalize": normalize, "target": target, "forms": names}
+        fills = measured and in_float(model)
+        found = choose_filling(lower(model, target, names), example, target, store) if fills else None
+        if found is not None:
+            filling, choice = found
+            said["filling"] = {"layers": list(filling.readers), **asdict(choice)}
+            settings["filling"] = filling if choice.form == FILLED else None
         written = export_onnx(model, example, path, input=input, **settings)
     elif path.name.endswith(EXPORTS["pt2_x86"]):
         written = export_pt2_x86(model, example, path, forms=names)
     else:
         written = export_pt2(model, example, path, forms=names)
-    return written | {"file": path.name, "forms": {name: asdict(choice) for name, choice in chosen.items()}}
+    return written | said

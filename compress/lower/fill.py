@@ -11,6 +11,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,15 @@ from compress.nn.flow import operator_name
 from compress.nn.places import trace
 from compress.surgery import kind, leaves, replace
 
-PLAIN, FILLED = "as it is", "filled with zeros"  # the two forms
+if TYPE_CHECKING:
+    from compress.measure import Latency
+
+PLAIN, FILLED = "as they are", "filled with zeros"  # channels: the two forms of a network
 SECONDS = 0.5  # a form's turn in each round
-FASTER = 0.98  # of the time as it is, at least, for zeros to be worth their bytes
+FASTER = 0.98  # of the time as it is, at most: less would not be worth the bytes of the zeros
 BLOCKS = {"avx512f": 16, "avx2": 8}  # a processor's feature -> floats in a register
+LEAST_MACS = 10_000_000  # of a network: a smaller one takes no time worth the measuring
+NOISE = 1e-4  # of the largest answer: by so much two orders of the same additions may differ
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ def block(target: str) -> int:
 def fillable(plain: nn.Module, example: Tensor, multiple: int) -> Filling:
     """All of `plain`, a model as `lower` gives it, that can be filled.
 
-    Left as they are: layers in groups, and those that something else than one convolution reads in the end.
+    Left as they are: layers in groups, those that something else than one convolution reads in the end, and all of a
+    model with a PReLU, which may have a slope for each channel.
     """
     found = {name: layer for name, layer in leaves(plain) if kind(layer) in (nn.Conv2d, nn.Linear)}
     pairs, _ = neighbours(plain, example, {name: _why_not(layer) for name, layer in found.items()})
@@ -73,28 +80,45 @@ def _why_not(layer: nn.Module) -> str:
 
 
 def _has_slopes(plain: nn.Module) -> bool:
-    """Whether the model calls a PReLU, whose slopes, one for each channel, would have to be filled too."""
     called = any(operator_name(node) == "prelu" for node in trace(plain).nodes)
     return called or any(kind(module) is nn.PReLU for module in plain.modules())
 
 
 def choose_filling(
     plain: nn.Module, example: Tensor, target: str, store: Path | None = None
-) -> tuple[Filling | None, dict[str, Choice]]:
-    """What to fill in a file for `target`, if anything, and what was measured, by layer.
+) -> tuple[Filling, Choice] | None:
+    """What can be filled in a file for `target`, and what was measured; None where nothing can.
 
-    `plain`, which computes in float, and the same filled are measured for one image of the shape of `example`
-    (N, C, H, W); the latter is taken where it is at least 2 % faster. `store` is as in `forms.choose`.
+    `plain`, which computes in float32, and the same filled are measured for one image of the shape of `example`
+    (N, C, H, W); the choice is the latter where its median time is at least 2 % less. Both compute the same, so a
+    choice that noise has made costs bytes and no more. `store` is as in `forms.choose`.
     """
+    from compress.measure import profile
+
     multiple = block(target)
-    filling = fillable(plain, example, multiple)
-    if not filling.readers:
-        return None, {}
-    forms = {PLAIN: plain, FILLED: filling(plain)}
-    choice = answer(
-        forms, tuple(example.shape[1:]), target, store, seconds=SECONDS, wins=lambda time: time.ratio <= FASTER
-    )
-    return filling if choice.form == FILLED else None, dict.fromkeys(filling.readers, choice)
+    if multiple == 1 or example.dtype != torch.float32:
+        return None
+    try:
+        if profile(plain, example).macs < LEAST_MACS:
+            return None
+        filling = fillable(plain, example, multiple)
+        filled = filling(plain) if filling.readers else plain
+        same = _same(plain(example), filled(example))
+    except Exception:  # the forward pass may do anything with the number of channels
+        return None
+    if not filling.readers or not same:
+        return None
+    forms = {PLAIN: plain, FILLED: filled}
+    shape, about = tuple(example.shape[1:]), str(trace(plain))
+    return filling, answer(forms, shape, target, store, about=about, seconds=SECONDS, wins=_faster)
+
+
+def _same(expected: Tensor, given: Tensor) -> bool:
+    return bool(torch.allclose(given, expected, rtol=0, atol=NOISE * float(expected.abs().max())))
+
+
+def _faster(time: Latency) -> bool:
+    return time.ratio <= FASTER
 
 
 def _wider(layer: nn.Conv2d, outputs: int, inputs: int) -> nn.Conv2d:
@@ -112,7 +136,7 @@ def _wider(layer: nn.Conv2d, outputs: int, inputs: int) -> nn.Conv2d:
     )
     for name, parameter in wider.named_parameters():
         old = getattr(layer, name).detach()
-        value = torch.zeros(parameter.shape)
+        value = old.new_zeros(parameter.shape)
         value[tuple(slice(size) for size in old.shape)] = old
         setattr(wider, name, nn.Parameter(value, requires_grad=False))
     return wider.eval()

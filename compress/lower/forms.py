@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compress import gate
 from compress.files import write
-from compress.lower.plain import weight_scales
+from compress.lower.plain import has_grid
 from compress.nn.places import quantizer_places
 from compress.surgery import kind, leaves
 
@@ -77,7 +77,7 @@ def choose(
 
 def in_float(model: nn.Module) -> bool:
     """Whether nothing in the model is quantized."""
-    return not quantizer_places(model) and not weight_scales(model)
+    return not quantizer_places(model) and not any(has_grid(module) for module in model.modules())
 
 
 def _shapes(model: nn.Module, known: Mapping[str, nn.Module], example: Tensor) -> dict[str, tuple[int, ...]]:
@@ -118,7 +118,7 @@ def worth_trying(
     return {name: forms[name] for name in work if name == default or work[name] <= MOST_MACS * work[default]}
 
 
-def _question(forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: str) -> str:
+def _question(forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: str, about: str = "") -> str:
     """Everything that decides which form is faster, as text; weights do not."""
     from compress import machine
     from compress.measure import RUNTIMES
@@ -127,7 +127,7 @@ def _question(forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: st
     asked: dict[str, Any] = {"target": target, "version": version(RUNTIMES[target][0]), "shape": shape}
     asked["hardware"] = {name: hardware[name] for name in ("processor", "features", "cores", "gpu", "system")}
     asked["forms"] = {name: " ".join(repr(form).split()) for name, form in forms.items()}
-    return json.dumps(asked)
+    return json.dumps(asked | ({"about": about} if about else {}))
 
 
 def fastest(forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: str) -> nn.Module:
@@ -143,15 +143,16 @@ def answer(
     target: str,
     store: Path | None = None,
     *,
+    about: str = "",
     seconds: float = SECONDS,
     wins: Callable[[Latency], bool] = lambda time: time.ratio_high <= gate.FASTER,
 ) -> Choice:
     """The fastest of equal forms for one image of `shape` (C, H, W), as measured, or as stored in the folder `store`.
 
-    One that is not the first is taken where it `wins` by its time and by its ratios to the first; each form works for
-    `seconds` a round.
+    Another than the first is taken where its measurement, with the ratios to the first one's time, `wins`. Each form
+    works for `seconds` a round. `about` is what else decides, beside the forms' layers.
     """
-    question = _question(forms, shape, target)
+    question = _question(forms, shape, target, about)
     file = None if store is None else store / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json"
     if file is not None and (stored := _read(file, forms)):
         return stored

@@ -26,7 +26,8 @@ _APART_LAYERS = {
     *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Upsample),
 }
 _FLATTENS = {"flatten", "view", "reshape", "squeeze"}
-_ASKS = {"size", "dim", "getattr"}
+_ASKS = {"size", "dim"}
+_ASKED = {"shape", "dtype", "device", "ndim"}  # attributes
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class _Search:
             raise Keep(f"it gives {self.shapes.get(node.name)}, whose channels stand elsewhere")
 
     def _reader(self, node: fx.Node) -> fx.Node:
-        readers = [reader for reader in node.users if operator_name(reader) not in _ASKS]
+        readers = [reader for reader in node.users if not _asks(reader)]
         if len(readers) != 1:
             raise Keep(f"{' and '.join(map(shown, readers)) or 'nobody'} read{'s' * (not readers)} its output")
         if readers[0].op == "output":
@@ -163,6 +164,12 @@ class _Search:
 
     def _called(self, node: fx.Node) -> nn.Module | None:
         return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _asks(node: fx.Node) -> bool:
+    """Whether a node wants to know what a tensor is like, and reads none of its numbers."""
+    name = operator_name(node)
+    return name in _ASKS or (name == "getattr" and node.args[1] in _ASKED)
 
 
 def _flat(node: fx.Node, layer: nn.Module | None) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.files import write
-from compress.lower.fill import FILLED, Filling
+from compress.lower.fill import Filling
 from compress.lower.parity import parity
 from compress.lower.plain import Grid, computed_in_float, lower, matching_steps
 from compress.lower.pt2 import exported
@@ -40,8 +40,8 @@ def export_onnx(
     A quantized model becomes one that runtimes execute on integers: int8 weights, int32 biases, one
     quantize/dequantize pair for each tensor. `example` is a normalised batch of at least two, (N, C, H, W). `input`
     describes what the network wants and is stored in the file's metadata; with `normalize` the file takes the raw
-    numbers (0 .. `input["scale"]`) and normalises them itself, which the metadata says. `forms` is as in `lower`, and
-    is in the metadata too. `filling` says which channels are filled up with zeros; not for a quantized model.
+    numbers (0 .. `input["scale"]`) and normalises them itself, which the metadata says. `forms` is as in `lower`.
+    `filling` says which channels are filled up with zeros; none of a quantized model. Both are in the metadata too.
 
     Returns:
         {"file", "bytes", "float_layers", "parity": [{"batch", "max_abs", "top1_agreement"}, ...]}: `float_layers`
@@ -84,9 +84,10 @@ def export_onnx(
     for value in [*program.model.graph.initializers.values(), *program.model.graph.inputs]:
         value.metadata_props.clear()
     program.model.metadata_props["input"] = json.dumps({**input, "normalized_by_file": normalize})
-    taken = {**(forms or {}), **dict.fromkeys(filling.readers if filling else (), FILLED)}
-    if taken:
-        program.model.metadata_props["forms"] = json.dumps(taken)
+    if forms:
+        program.model.metadata_props["forms"] = json.dumps(dict(forms))
+    if filling is not None:
+        program.model.metadata_props["filled"] = json.dumps({"layers": list(filling.readers), "to": filling.multiple})
     write(path, program.model_proto.SerializeToString())
     original = copy.deepcopy(model).cpu().eval()
     rows = parity(Normalized(original, input) if normalize else original, _runtime(path), raw)

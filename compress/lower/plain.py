@@ -177,6 +177,11 @@ def _steps(layer: nn.Module) -> Steps | None:
     return Steps(scale, None if grid.symmetric else grid.zero_point.cpu().expand(runs))
 
 
+def has_grid(layer: nn.Module) -> bool:
+    """Whether the weight of this one layer is on a grid."""
+    return _steps(layer) is not None
+
+
 def _joined(parts: list[Steps]) -> Steps:
     scale = torch.cat([part.scale for part in parts])
     if all(part.zero_point is None for part in parts):

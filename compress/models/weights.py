@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from compress import checkpoint
 from compress.data.input import NORMALIZATION
 from compress.errors import CheckpointError, DataError
 from compress.sealed import KEY
+from compress.surgery import kind
 
 ENDINGS = (".th", ".pt", ".pth", ".safetensors")
 WRAPPERS = ("state_dict", "model")
@@ -22,21 +26,28 @@ MOST = 10  # names shown of each kind
 COMPACT = (",", ":")  # in JSON, so that a setting is one word of a command line
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Put the tensors of a `.th`, `.pt`, `.pth` or `.safetensors` file, or of a checkpoint of ours, into `model`.
+def load_weights(
+    model: nn.Module, path: str | Path, *, allow: Sequence[str] = (), input: Mapping[str, Any] | None = None
+) -> None:
+    """Put the tensors of a `.th`, `.pt`, `.pth` or `.safetensors` file into `model`.
 
     `{"state_dict": ...}` and `{"model": ...}` are opened, a `module.` before every name is stripped. Numbers are cast
     to the model's own types. Batch norm's `num_batches_tracked` may be missing, as in old files. A model with a method
-    `translate(tensors)` is asked for the names of its published files.
+    `translate(tensors)` is asked for the names of its published files. A checkpoint of ours has to hold the same
+    network; `allow` is as in `compress.load`, and `input` what the network is going to get.
 
     Raises:
         DataError: a file that is absent, truncated, or holds code; names or shapes that differ from the model's;
-            values that are not finite.
+            values that are not finite; a checkpoint of another network, or of one that wants another input.
     """
-    given, own = read_weights(path), model.state_dict()
+    source = _checkpoint(Path(path), allow)
+    if source is not None:
+        _require_same(model, source, path)
+        _require_input(source.input, input or {}, path)  # type: ignore[arg-type]  # a dict
+    given, own = read_weights(path) if source is None else source.state_dict(), model.state_dict()
     if given and all(name.startswith("module.") for name in given) and not all(n.startswith("module.") for n in own):
         given = {name.removeprefix("module."): tensor for name, tensor in given.items()}
-    if hasattr(model, "translate") and not given.keys() <= own.keys():
+    if hasattr(model, "translate"):
         given = model.translate(given)  # type: ignore[operator]  # nn.Module attributes are untyped
     counters = {name for name in own if name.endswith("num_batches_tracked")}
     missing = [name for name in own if name not in given and name not in counters]
@@ -56,26 +67,40 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict({**{name: own[name] for name in counters}, **given})
 
 
-def other_input(path: str | Path, given: Mapping[str, Any]) -> list[str]:
-    """What is wrong with giving the input `given` to weights of this file, which may say what they want; as sentences.
+def _checkpoint(path: Path, allow: Sequence[str]) -> nn.Module | None:
+    """The network of a checkpoint of ours; None where the file is none, or no file that can be read."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            ours = KEY in (file.metadata() or {})
+        return checkpoint.load(path, allow=allow) if ours else None
+    except CheckpointError as error:
+        raise DataError(f"`weights` cannot be taken from {error}") from error
+    except (SafetensorError, OSError, ValueError):
+        return None
 
-    Only a checkpoint of ours says it.
-    """
-    from compress import checkpoint
 
-    path = Path(path)
-    wanted = checkpoint.read(path)["input"] if path.suffix == ".safetensors" and _is_checkpoint(path) else {}
-    other = [key for key in NORMALIZATION if key in wanted and wanted[key] != given.get(key)]
-    if not other:
-        return []
-    change = " ".join(f"model.input.{key}={json.dumps(wanted[key], separators=COMPACT)}" for key in other)
-    return [f"`model.weights` (={str(path)!r}) want another input than they get here; set {change}."]
+def _require_same(model: nn.Module, source: nn.Module, path: str | Path) -> None:
+    mine, theirs = ({name: kind(m) for name, m in each.named_modules()} for each in (model, source))
+    other = next((name for name in (*mine, *theirs) if mine.get(name) is not theirs.get(name)), None)
+    if other is not None:
+        there, here = (found[other].__name__ if other in found else "absent" for found in (theirs, mine))
+        raise DataError(
+            f"`weights` (={str(path)!r}) are those of another network, or of a compressed one: "
+            f"{other or 'the whole'} is {there} there and {here} here. Of a run give `base.safetensors`."
+        )
+
+
+def _require_input(wanted: Mapping[str, Any], given: Mapping[str, Any], path: str | Path) -> None:
+    other = [key for key in NORMALIZATION if key in given and wanted.get(key, given[key]) != given[key]]
+    if other:
+        change = " ".join(f"model.input.{key}={json.dumps(wanted[key], separators=COMPACT)}" for key in other)
+        raise DataError(f"`weights` (={str(path)!r}) want another input than they get here; set {change}.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The named tensors of a file, on the CPU, names as they are in it. No code of the file is run.
-
-    Of a checkpoint of ours they are what `load(path).state_dict()` has.
 
     Raises:
         DataError: a file that is absent, of another kind, truncated, or holds anything but tensors.
@@ -120,26 +145,10 @@ def _read_torch(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from compress import checkpoint  # which imports the models
-
     try:
-        return checkpoint.load(path).state_dict() if _is_checkpoint(path) else load_file(path)
-    except CheckpointError as error:
-        raise DataError(
-            f"`weights` cannot be taken from a checkpoint: {error} A file with its `state_dict()` alone will do."
-        ) from error
+        return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
-
-
-def _is_checkpoint(path: Path) -> bool:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return KEY in (file.metadata() or {})
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
