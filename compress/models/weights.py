@@ -74,18 +74,19 @@ def _checkpoint(path: Path, allow: Sequence[str]) -> nn.Module | None:
     try:
         with safe_open(path, "pt") as file:
             ours = KEY in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):  # `read_weights` says what is wrong with it
+        return None
+    try:
         return checkpoint.load(path, allow=allow) if ours else None
     except CheckpointError as error:
         raise DataError(f"`weights` cannot be taken from {error}") from error
-    except (SafetensorError, OSError, ValueError):
-        return None
 
 
 def _require_same(model: nn.Module, source: nn.Module, path: str | Path) -> None:
-    mine, theirs = ({name: kind(m) for name, m in each.named_modules()} for each in (model, source))
-    other = next((name for name in (*mine, *theirs) if mine.get(name) is not theirs.get(name)), None)
+    mine, theirs = ({name: kind(module).__name__ for name, module in each.named_modules()} for each in (model, source))
+    other = next((name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)), None)
     if other is not None:
-        there, here = (found[other].__name__ if other in found else "absent" for found in (theirs, mine))
+        there, here = (found.get(other, "absent") for found in (theirs, mine))
         raise DataError(
             f"`weights` (={str(path)!r}) are those of another network, or of a compressed one: "
             f"{other or 'the whole'} is {there} there and {here} here. Of a run give `base.safetensors`."
