@@ -125,7 +125,7 @@ def papers(contents: list[Row]) -> str:
 
 
 SPARSE = {
-    "resnet20": "ResNet-20 (91.73 %), recipe `sparse_shift`, 5 epochs",
+    "resnet20": "ResNet-20 (91.73 %), the first half of recipe `sparse_shift`, 5 epochs",
     "shift_resnet20": "ShiftResNet-20, expansion 3, from nothing, 8 epochs",
     "shift_resnet20x6": "ShiftResNet-20, expansion 6, from nothing, 20 epochs",
     "shift_resnet20x6_frozen": "the same, then 20 epochs more with the displacements frozen",

@@ -1,10 +1,10 @@
 """Displacements pulled to zero, on CIFAR-10: `sparse_shift.py [NET/L1 ...]`.
 
 For several weights of the displacements' L1 norm: how many displacements are zero, and what that costs against the same
-network trained without the pull, on the same test images. The networks: the recipe `sparse_shift` on the published
-ResNet-20, with five epochs; and ShiftResNet-20, trained from nothing with Chen et al.'s displacements, one for each of
-three or six times as many channels, in 8 and in 20; and the latter frozen half-way, as they do: 20 epochs more in which
-only the weights learn. Without any row named, all that are not stored yet are run.
+network trained without the pull, on the same test images. The networks: the first half of the recipe `sparse_shift`,
+five epochs, on the published ResNet-20; and ShiftResNet-20, trained from nothing with Chen et al.'s displacements, one
+for each of three or six times as many channels, in 8 and in 20; and the latter frozen half-way, as they do: 20 epochs
+more in which only the weights learn. Without any row named, all that are not stored yet are run.
 `correct` in a row says which test images the network gets right: a bit for each, in base64.
 """
 
@@ -66,7 +66,7 @@ def correct_on_test(checkpoint: Path) -> Tensor:
 
 def settings(net: str, l1: float) -> list[str]:
     if net == "resnet20":
-        return ["recipe=sparse_shift", *cifar(), f"stages.shift.l1={l1}", "stages.recover.epochs=5"]
+        return ["recipe=sparse_shift", *cifar(), f"stages.shift.l1={l1}", "~stages.prune", "~stages.settle"]
     expansion, epochs, frozen = TRAINED[net]
     model = [f"model.expansion={expansion}", "model.shift=sparse", f"model.l1={l1}", f"model.train.epochs={epochs}"]
     stages = [FREEZE, SETTLE.format(epochs=frozen)] if frozen else [FREEZE]

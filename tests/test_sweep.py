@@ -203,6 +203,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
             "stages.shift.images=16",
             "stages.shift.places=random",
             "stages.recover.epochs=4",
+            *("~stages.prune", "~stages.settle"),  # which take copies out, and not the same ones
         ),
         *("export=[]", "measure=none", "precision=float32"),
     ]

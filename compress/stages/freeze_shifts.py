@@ -4,7 +4,9 @@ What it does. Every shift layer that still learns its displacements stops. Round
 and copies that met on one are summed. The output does not change.
 
 When to use it, and when not. Half-way through a training, as Chen et al. do: the weights then settle on displacements
-that no longer move. `Quantize` freezes rounded shifts by itself.
+that no longer move. `Quantize` freezes rounded shifts by itself. Of several copies of a channel that met on one place,
+all but one are left without weight, at free places, and training gives them weight again there: `PruneShifts`, which
+fixes displacements too, takes them out for good.
 
 Knobs. `include`, `exclude`: layers by name pattern.
 
