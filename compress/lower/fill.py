@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from compress import machine
-from compress.lower.forms import Choice, answer
+from compress.lower.forms import Choice, answer, question
 from compress.lower.neighbours import neighbours
 from compress.nn.flow import operator_name
 from compress.nn.places import trace
-from compress.surgery import kind, leaves, replace
+from compress.surgery import kind, leaves
 
 if TYPE_CHECKING:
     from compress.measure import Latency
@@ -48,8 +49,8 @@ class Filling:
             ahead, behind = filled.get_submodule(first), filled.get_submodule(reader)
             assert isinstance(ahead, nn.Conv2d) and isinstance(behind, nn.Conv2d)
             more = -ahead.out_channels % self.multiple
-            replace(filled, ahead, _wider(ahead, more, 0))
-            replace(filled, behind, _wider(behind, 0, more))
+            _widen(ahead, more, 0)
+            _widen(behind, 0, more)
         return filled
 
 
@@ -109,8 +110,9 @@ def choose_filling(
     if not filling.readers or not same:
         return None
     forms = {PLAIN: plain, FILLED: filled}
-    shape, about = tuple(example.shape[1:]), str(trace(plain))
-    return filling, answer(forms, shape, target, store, about=about, seconds=SECONDS, wins=_faster)
+    shape = tuple(example.shape[1:])
+    asked = question(forms, shape, target, str(trace(plain)))
+    return filling, answer(asked, forms, shape, target, store, seconds=SECONDS, wins=_faster)
 
 
 def _same(expected: Tensor, given: Tensor) -> bool:
@@ -121,22 +123,11 @@ def _faster(time: Latency) -> bool:
     return time.ratio <= FASTER
 
 
-def _wider(layer: nn.Conv2d, outputs: int, inputs: int) -> nn.Conv2d:
-    """The convolution with more output and input channels, zeros all of them."""
-    wider = nn.Conv2d(
-        layer.in_channels + inputs,
-        layer.out_channels + outputs,
-        layer.kernel_size,  # type: ignore[arg-type]  # as torch keeps it
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
-        bias=layer.bias is not None,
-        padding_mode=layer.padding_mode,
-        device="meta",  # nothing is drawn for weights that are all given
-    )
-    for name, parameter in wider.named_parameters():
-        old = getattr(layer, name).detach()
-        value = old.new_zeros(parameter.shape)
-        value[tuple(slice(size) for size in old.shape)] = old
-        setattr(wider, name, nn.Parameter(value, requires_grad=False))
-    return wider.eval()
+def _widen(layer: nn.Conv2d, outputs: int, inputs: int) -> None:
+    """Give the convolution more output and input channels, zeros all of them."""
+    layer.out_channels += outputs
+    layer.in_channels += inputs
+    weight = functional.pad(layer.weight.detach(), (0, 0, 0, 0, 0, inputs, 0, outputs))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(functional.pad(layer.bias.detach(), (0, outputs)), requires_grad=False)

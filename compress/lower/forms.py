@@ -66,10 +66,10 @@ def choose(
         tried = worth_trying(forms, shapes[name], least_macs) if name in shapes else {}
         choice = Choice(next(iter(forms)))
         if len(tried) > 1:
-            question = _question(tried, shapes[name], target)
-            if question not in answers:
-                answers[question] = answer(tried, shapes[name], target, store)
-            choice = answers[question]
+            asked = question(tried, shapes[name], target)
+            if asked not in answers:
+                answers[asked] = answer(asked, tried, shapes[name], target, store)
+            choice = answers[asked]
         if len(forms) > 1:
             choices[name] = choice
     return choices
@@ -118,8 +118,8 @@ def worth_trying(
     return {name: forms[name] for name in work if name == default or work[name] <= MOST_MACS * work[default]}
 
 
-def _question(forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: str, about: str = "") -> str:
-    """Everything that decides which form is faster, as text; weights do not."""
+def question(forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: str, about: str = "") -> str:
+    """Everything that decides which form is faster, as text; weights do not. `about`: what the layers do not show."""
     from compress import machine
     from compress.measure import RUNTIMES
 
@@ -133,26 +133,25 @@ def _question(forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: st
 def fastest(forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: str) -> nn.Module:
     """The form that a file for `target` takes for images of `shape` (C, H, W), measured now."""
     tried = worth_trying(forms, shape)
-    form = answer(tried, shape, target).form if len(tried) > 1 else next(iter(forms))
+    form = answer("", tried, shape, target).form if len(tried) > 1 else next(iter(forms))
     return forms[form]
 
 
 def answer(
+    question: str,
     forms: Mapping[str, nn.Module],
     shape: tuple[int, ...],
     target: str,
     store: Path | None = None,
     *,
-    about: str = "",
     seconds: float = SECONDS,
     wins: Callable[[Latency], bool] = lambda time: time.ratio_high <= gate.FASTER,
 ) -> Choice:
     """The fastest of equal forms for one image of `shape` (C, H, W), as measured, or as stored in the folder `store`.
 
     Another than the first is taken where its measurement, with the ratios to the first one's time, `wins`. Each form
-    works for `seconds` a round. `about` is what else decides, beside the forms' layers.
+    works for `seconds` a round. What is stored is found by the `question`.
     """
-    question = _question(forms, shape, target, about)
     file = None if store is None else store / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json"
     if file is not None and (stored := _read(file, forms)):
         return stored
