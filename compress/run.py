@@ -295,8 +295,7 @@ def _publish(place: _Place, content: dict[str, Any]) -> None:
     if place.build is not None:
         file = place.folder / "model.safetensors"
         content["checkpoint"] = {"file": file.name, "bytes": file.stat().st_size, "load": f'compress.load("{file}")'}
-        remark = checkpoint.foreign(place.build)
-        if remark:
+        if remark := checkpoint.foreign(place.build):
             content["checkpoint"]["remark"] = remark
     report.write(content, place.folder)
     report.show(content)
