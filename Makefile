@@ -1,5 +1,6 @@
 # make run    the main job on the built-in images (sets up .venv first)
 # make test   lint, types, tests (sets up .venv first)
+# pip heeds the environment: with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu it takes torch's CPU build.
 
 PYTHON ?= python3
 VENV := .venv

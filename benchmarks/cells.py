@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from common import where
+
 Row = dict[str, Any]
 Rows = list[Row]
 Column = Callable[[Row], str]
@@ -23,8 +25,30 @@ def machine(content: Row) -> str:
     )
 
 
+def computed(content: Row, rows: Rows) -> str:
+    """The machine that wrote the results and measured the times, and others on which rows were computed."""
+    here, own = where(content["hardware"]), content["versions"]
+    found = {(row["on"], row.get("versions", own if row["on"] == here else {}).get("torch", "")) for row in rows}
+    places: dict[str, list[str]] = {}
+    for on, torch in sorted(found - {(here, own["torch"])}):
+        places.setdefault(torch, []).append(on)
+    said = [
+        f"Rows computed on {' and '.join(each)}: {f'torch {torch}' if torch else 'versions not stored'}"
+        for torch, each in places.items()
+    ]
+    return ". ".join([machine(content), *said])
+
+
+def tool(name: str, package: str, versions: Row) -> str:
+    """Another tool with its version, where that is stored."""
+    return f"{name} {versions[package]}" if package in versions else f"{name} of a version that is not stored"
+
+
 def table(columns: Mapping[str, Column], rows: Rows, caption: str) -> str:
-    lines = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    """Without the columns that are empty in all rows."""
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    shown = {name: column for name, column in cells.items() if set(column) != {"-"}}
+    lines = [list(shown), ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{caption}"
 
 

@@ -64,7 +64,7 @@ class TorchPruning:
 def run(name: str, ended: str) -> dict[str, Any]:
     row = {"name": name, "settings": list(ROWS[name])}
     if ended:
-        return row | figures(finished(Path(ended)))
+        return row | figures(finished(Path(ended), "channels", MODEL, ROWS[name]))
     folder = ROOT / "outputs" / "benchmarks" / "channels"
     folder.mkdir(parents=True, exist_ok=True)
     report, _ = compress(folder, "recipe=channels", *ROWS[name], *cifar(MODEL), out=name)

@@ -2,7 +2,7 @@
 
 Settings that differ from the recipe's make a row of their own. What is computed is kept in `outputs/benchmarks`: when
 run again, it only measures the times. `--finished FOLDER` takes the run that ended in this folder, on a machine
-with a GPU say (the same settings, and `measure=none`), and measures only its times here.
+with a GPU say (the same recipe, model, seed and stages, and `measure=none`), and measures only its times here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ folder = ROOT / "outputs" / "benchmarks" / "cifar10"
 folder.mkdir(parents=True, exist_ok=True)
 name = "-".join([given.recipe, given.model, *(re.sub(r"\W+", "_", each) for each in given.settings)])
 if given.finished:
-    report = finished(given.finished)
-    ran = (report["recipe"], report["model"]["factory"].rpartition(".")[2])
-    if ran != (given.recipe, given.model):
-        sys.exit(f"{given.finished} holds a run of {' on '.join(ran)}")
+    report = finished(given.finished, given.recipe, given.model, given.settings)
 else:
     report, _ = compress(folder, f"recipe={given.recipe}", *cifar(given.model), *given.settings, out=name)
-row = {"recipe": given.recipe, "model": given.model, "settings": given.settings, "seed": 0}
+row = {"recipe": given.recipe, "model": given.model, "settings": given.settings, "seed": report["seed"]}
 row |= {"wall_seconds": round(report["seconds"], 1), **figures(report)}
-record(f"cifar10-{name}", [row], script="cifar10", data="CIFAR-10, 10,000 test images")
+arguments = [given.recipe, given.model, *given.settings]
+record(f"cifar10-{name}", [row], "cifar10", arguments, data="CIFAR-10, 10,000 test images")

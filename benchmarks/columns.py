@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cells import Column, Row, files, interval, machine, ratio, table
+from cells import Column, Row, computed, files, interval, kilobytes, machine, ratio, table, tool
 from columns_low_precision import LOW_PRECISION
 from columns_shift import SHIFTS
+from columns_squeezenet import SQUEEZENET
 
 
 def cifar10(contents: list[Row]) -> str:
@@ -20,12 +21,13 @@ def cifar10(contents: list[Row]) -> str:
         "time against base": lambda row: ratio(row["latency"]),
         "computed on": lambda row: row["on"],
     }
+    rows = [content["rows"][0] for content in contents]
     caption = (
-        "CIFAR-10, 10,000 test images, seed 0; time: onnxruntime, batch 1, ratio to the float32 base (5 rounds), all "
-        "on this processor. "
-        f"{machine(contents[0])}. `python benchmarks/cifar10.py RECIPE MODEL`"
+        "CIFAR-10, 10,000 test images, seed 0 where a row names no other; time: onnxruntime, batch 1, ratio to the "
+        f"float32 base (5 rounds), all measured on {computed(contents[0], rows)}. "
+        "`python benchmarks/cifar10.py RECIPE MODEL`"
     )
-    return table(columns, [content["rows"][0] for content in contents], caption)
+    return table(columns, rows, caption)
 
 
 def shift_start(contents: list[Row]) -> str:
@@ -80,7 +82,8 @@ def operators(contents: list[Row]) -> str:
     }
     caption = (
         "ResNet-20 (91.73 %), all 3x3 convolutions but the first, CIFAR-10 test, seed 0, distillation from the base; "
-        f"time: batch 1, ratio to the base. {machine(content)}. `python benchmarks/operators.py`"
+        "time: batch 1, ratio to the base, measured on "
+        f"{computed(timed[0] if timed else content, started)}. `python benchmarks/operators.py`"
     )
     return table(columns, started, caption)
 
@@ -117,11 +120,12 @@ def papers(contents: list[Row]) -> str:
         "published, full protocol": lambda row: f"{row['published']:.2f}" if row["published"] else "-",
         "where": lambda row: row["source"],
     }
+    rows = [row for content in contents for row in content["rows"]]
     caption = (
         "CIFAR-10 test, from nothing. The shortened protocol reproduces no paper; it ranks these networks among each "
-        f"other. {machine(contents[0])}. `python benchmarks/papers.py [--full]`"
+        f"other. {computed(contents[0], rows)}. `python benchmarks/papers.py [--full]`"
     )
-    return table(columns, [row for content in contents for row in content["rows"]], caption)
+    return table(columns, rows, caption)
 
 
 SPARSE = {
@@ -151,43 +155,7 @@ def sparse_shift(contents: list[Row]) -> str:
     caption = (
         "Shares are of all displacements. Copies of a channel that met on one place are one copy, and the others have "
         "no weight; two of three copies are then lost where all three are zero. CIFAR-10 test, seed 0. "
-        f"{machine(content)}. `python benchmarks/sparse_shift.py`"
-    )
-    return table(columns, content["rows"], caption)
-
-
-def alexnet_fire(contents: list[Row]) -> str:
-    (content,) = contents
-    columns: dict[str, Column] = {
-        "seed": lambda row: str(row["seed"]),
-        "base top-1 %": lambda row: f"{row['base_top1']:.2f}",
-        "right after substitution": lambda row: f"{row['steps']['head']:.2f}",
-        "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
-        "against base, points": lambda row: interval(row["paired"]),
-        "params": lambda row: f"{row['base_params']:,} to {row['params']:,}",
-        "fewer": lambda row: f"{row['base_params'] / row['params']:.0f}x",
-        "file": files,
-    }
-    caption = (
-        "AlexNet for CIFAR, trained here on labels and a ResNet-56's answers, to Fire modules and a pooled head. "
-        f"CIFAR-10 test. {machine(content)}. `python benchmarks/alexnet_fire.py`"
-    )
-    return table(columns, content["rows"], caption)
-
-
-def alexnet_deep(contents: list[Row]) -> str:
-    (content,) = contents
-    columns: dict[str, Column] = {
-        "from": lambda row: {"deep": "AlexNet", "fire": "AlexNet, to Fire modules"}[row["name"]],
-        "base top-1 %": lambda row: f"{row['base_top1']:.2f}",
-        "top-1 % (95 %)": lambda row: f"{row['top1']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
-        "against base, points": lambda row: interval(row["paired"]),
-        "file": files,
-        "smaller": lambda row: f"{row['base_bytes'] / row['bytes']:.0f}x",
-    }
-    caption = (
-        "AlexNet for CIFAR, pruned, fine-tuned, clustered, fine-tuned, its file coded by entropy. CIFAR-10 test, seed "
-        f"0. {machine(content)}. `python benchmarks/alexnet_deep.py`"
+        f"{computed(content, content['rows'])}. `python benchmarks/sparse_shift.py`"
     )
     return table(columns, content["rows"], caption)
 
@@ -212,6 +180,7 @@ def surgery(contents: list[Row]) -> str:
 
 CHANNELS = {
     "ours": "`PruneChannels`",
+    "ours-100": "`PruneChannels`, fine-tuned 100 epochs",
     "ours-l1": "`PruneChannels`, by the L1 norm",
     "torch-pruning": "torch-pruning alone, by the L1 norm",
 }
@@ -227,10 +196,47 @@ def channels(contents: list[Row]) -> str:
         "against base, points": lambda row: interval(row["paired"]),
         "params": lambda row: f"{row['base_params']:,} to {row['params']:,}",
         "time against base": lambda row: ratio(row["latency"]),
+        "computed on": lambda row: row["on"],
+    }
+    theirs = {row["name"]: row.get("versions", {}) for row in content["rows"]}.get("torch-pruning", {})
+    caption = (
+        f"ResNet-56 ({content['rows'][0]['base_top1']:.2f} %), recipe `channels`, CIFAR-10 test, seed 0; "
+        f"{tool('torch-pruning', 'torch-pruning', theirs)}; time in onnxruntime at batch 1, measured on "
+        f"{computed(content, content['rows'])}. `python benchmarks/channels.py`"
+    )
+    return table(columns, content["rows"], caption)
+
+
+def sweep(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "taps": lambda row: str(row["taps"]),
+        "top-1 %": lambda row: f"{row['top1']:.2f}",
+        "file": lambda row: kilobytes(row["bytes"]),
+        "found in the store": lambda row: ", ".join(row["from_the_store"]) or "nothing",
+        "alone": lambda row: f"{row['alone_seconds']:.1f} s",
+        "of it the base": lambda row: f"{row['alone_base_seconds']:.1f} s",
+    }
+    wall, alone = content["wall_seconds"], content["one_base_and_three_chains_seconds"]
+    caption = (
+        f"Recipe `shift_quant` on the digits, `stages.shift.taps=1,2,3` in one command: {wall} s, "
+        f"{content['ratio']:.2f} of the {alone} s that one base and three chains take in runs that stand alone. "
+        f"{machine(content)}. `{content['command']}`"
+    )
+    return table(columns, content["rows"], caption)
+
+
+def throughput(contents: list[Row]) -> str:
+    (content,) = contents
+    columns: dict[str, Column] = {
+        "a plain loop, images a second": lambda row: f"{row['images_per_second']['bare']:.0f}",
+        "`FineTune`, images a second": lambda row: f"{row['images_per_second']['ours']:.0f}",
+        "`FineTune`'s speed over the plain loop's": ratio,
     }
     caption = (
-        f"ResNet-56 ({content['rows'][0]['base_top1']:.2f} %), recipe `channels`, CIFAR-10 test, seed 0; time in "
-        f"onnxruntime at batch 1. {machine(content)}. `python benchmarks/channels.py`"
+        f"{content['model']}, {content['data']}, {content['steps']} batches of {content['batch_size']} in bfloat16; "
+        f"medians over {content['rounds']} rounds in turns, of the ratio too, with its smallest and largest. "
+        f"{machine(content)}. `{content['command']}`"
     )
     return table(columns, content["rows"], caption)
 
@@ -243,10 +249,11 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "sparse_shift": sparse_shift,
     "as_resnet": as_resnet,
     "papers": papers,
-    "alexnet_fire": alexnet_fire,
-    "alexnet_deep": alexnet_deep,
     "surgery": surgery,
     "channels": channels,
     **SHIFTS,
+    **SQUEEZENET,
+    "sweep": sweep,
+    "throughput": throughput,
     "digits": digits,
 }

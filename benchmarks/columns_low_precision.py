@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cells import Column, Row, files, interval, kilobytes, machine, ratio, table
+from cells import Column, Row, files, interval, kilobytes, machine, ratio, table, tool
 
 WAYS = {
     "nearest": "to the nearest",
@@ -84,10 +84,11 @@ def peers(contents: list[Row]) -> str:
     if all("torch_agrees_percent" in row for row in content["rows"]):
         columns["torch and the file agree"] = lambda row: f"{row['torch_agrees_percent']:.2f} %"
     caption = (
-        "Int8 without training, the same calibration images; ours: recipe `int8`, and with `CorrectBias` after it. "
-        "Top-1 of the ONNX files in onnxruntime; time of ours against onnxruntime's own static quantization in "
-        "onnxruntime, against NNCF's in OpenVINO. "
-        f"{content['data']}. {machine(content)}. `python benchmarks/peers.py`"
+        f"Int8 without training, the same {content['calibration_images']:,} calibration images for all; ours: "
+        "`Quantize` as in recipe `int8`, and with `CorrectBias` after it. Top-1 of the ONNX files in onnxruntime; time "
+        "of ours against onnxruntime's own static quantization in onnxruntime, against NNCF's in OpenVINO. "
+        f"{content['data']}. {machine(content)}, {tool('NNCF', 'nncf', content['versions'])}. "
+        "`python benchmarks/peers.py`"
     )
     return table(columns, content["rows"], caption)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,12 +50,25 @@ def compress(folder: Path, *overrides: str, out: str = "out") -> tuple[dict[str,
     return json.loads(newest.read_text(encoding="utf-8")), seconds
 
 
-def finished(folder: Path) -> dict[str, Any]:
+def _what(recipe: str, model: str, seed: int, arguments: Sequence[str]) -> dict[str, Any]:
+    stages = sorted(each for each in arguments if each.lstrip("+~").startswith("stages."))
+    return {"recipe": recipe, "model": model, "seed": seed, "stages": stages}
+
+
+def finished(folder: Path, recipe: str, model: str, settings: Sequence[str] = ()) -> dict[str, Any]:
     """The report of a run that ended elsewhere, on a machine with a GPU say, the latencies of its files measured here.
 
-    `folder` holds the run's report and its two checkpoints. Measure when nothing else runs.
+    `folder` holds the run's report and its two checkpoints; the run must be that of `recipe`, `model` and `settings`.
+    Measure when nothing else runs.
     """
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    seed = int(dict(each.split("=", 1) for each in settings if "=" in each).get("seed", 0))
+    wanted = _what(recipe, model, seed, settings)
+    factory = report["model"]["factory"].rpartition(".")[2]
+    ran = _what(report["recipe"], factory, report["seed"], shlex.split(report["command"] or ""))
+    differ = [f"{key} {ran[key]}, where the row has {wanted[key]}" for key in wanted if ran[key] != wanted[key]]
+    if differ:
+        sys.exit(f"{folder} holds another run: {'; '.join(differ)}")
     with tempfile.TemporaryDirectory() as name:
         paths = {}
         for row, file in ((report["rows"][0], "base"), (report["rows"][-1], "model")):
@@ -67,10 +82,14 @@ def finished(folder: Path) -> dict[str, Any]:
     return report
 
 
-def where(hardware: dict[str, Any] | None = None) -> str:
-    """The machine that a row was computed on, in a few words: this one, or the one described."""
-    found = hardware or machine.hardware()
-    return found["gpu"] or f"{found['processor']}, {found['cores']} cores"
+def where(hardware: dict[str, Any]) -> str:
+    """A machine in a few words."""
+    return hardware["gpu"] or f"{hardware['processor']}, {hardware['cores']} cores"
+
+
+def here() -> dict[str, Any]:
+    """What a row says of where it was computed, where that is this machine."""
+    return {"on": where(machine.hardware()), "versions": machine.versions()}
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
@@ -94,21 +113,21 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         "parity": {export["file"]: export["parity"] for export in report["exports"]},
         "seconds": {row["name"]: round(row["seconds"], 1) for row in report["rows"]},
         "on": where(report["hardware"] | ({"gpu": None} if report["device"] == "cpu" else {})),
+        "versions": report["versions"],
     }
     return chosen
 
 
-def _repeating(arguments: list[str]) -> list[str]:
-    """The arguments that do it all again: without the folders of runs that ended elsewhere."""
-    pairs = zip(["", *arguments], arguments, strict=False)
-    said = [each for before, each in pairs if "--finished" not in (before, each)]
-    return [each.partition("=")[0] if Path(each.partition("=")[2] or "-").is_dir() else each for each in said]
+def record(
+    name: str, rows: list[dict[str, Any]], script: str | None = None, arguments: Sequence[str] = (), **context: Any
+) -> None:
+    """Keep the rows of a benchmark in results/NAME.json, with this machine, its versions and the command.
 
-
-def record(name: str, rows: list[dict[str, Any]], script: str | None = None, **context: Any) -> None:
-    """Keep the rows of a benchmark in results/NAME.json, with machine, versions and the command that repeats it."""
+    The command is the one that makes all rows from nothing, whichever were asked for this time. `script` is the file's
+    where it is not NAME, and `arguments` are those without which it would make other rows.
+    """
     content = {
-        "command": " ".join(["python", f"benchmarks/{script or name}.py", *_repeating(sys.argv[1:])]),
+        "command": shlex.join(["python", f"benchmarks/{script or name}.py", *arguments]),
         "hardware": machine.hardware(),
         "versions": machine.versions(),
         **context,

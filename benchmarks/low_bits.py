@@ -12,7 +12,7 @@ import json
 import sys
 from typing import Any
 
-from common import RESULTS, ROOT, cifar, compress, figures, record
+from common import RESULTS, ROOT, cifar, compress, figures, here, record
 
 WORK = ROOT / "outputs" / "benchmarks" / "low_bits"
 STAGES = {
@@ -54,6 +54,7 @@ def run(model: str, way: str, bits: int) -> Row:
         "layers": chosen if isinstance(chosen, dict) else None,
         "onnx_bytes": report["exports"][0]["bytes"],
         "wall_seconds": round(seconds, 1),
+        **here(),
     }
 
 

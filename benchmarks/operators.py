@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from common import RESULTS, cifar, compress, record, where
+from common import RESULTS, cifar, compress, here, record
 from torch import nn
 
 from compress import load
@@ -64,7 +64,7 @@ def substitution(operator: str, more: str = "") -> str:
 def trained(operator: str, start: str, folder: Path) -> dict[str, Any]:
     """Accuracies of one row; the substitution is done once, and found by the second run."""
     noise = ["+stages.noise={_target_:operators.FromNoise}"] if start == "noise" else []
-    row: dict[str, Any] = {"operator": operator, "setting": OPERATORS[operator], "start": start, "on": where()}
+    row: dict[str, Any] = {"operator": operator, "setting": OPERATORS[operator], "start": start, **here()}
     for epochs in EPOCHS:
         recover = f"+stages.recover={{_target_:compress.stages.FineTune,epochs:{epochs},distill:0.5}}"
         report, _ = compress(folder, substitution(operator), *noise, *cifar(), recover, "measure=none")
@@ -94,7 +94,7 @@ def timed() -> None:
             measured = latency(paths, example, target=target)
             for row in rows:
                 row[target] = asdict(measured[row["operator"]])
-    record("operators-latency", rows, "operators", **CONTEXT)
+    record("operators-latency", rows, "operators", ["latency"], **CONTEXT)
 
 
 def main() -> None:

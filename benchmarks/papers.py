@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, data_root, record, where
+from common import RESULTS, ROOT, data_root, here, record
 from torch import nn
 
 from compress import progress
@@ -69,7 +69,7 @@ def trained(name: str, seed: int, protocol: str) -> dict[str, Any]:
     out, labels = logits(model, task.test, task.device)
     shutil.rmtree(folder)
     counted = profile(model, task.example.to(device))
-    row = {"net": name, "seed": seed, "protocol": protocol, "epochs": settings.epochs, "on": where()}
+    row = {"net": name, "seed": seed, "protocol": protocol, "epochs": settings.epochs, **here()}
     row |= {"published": net.published, "source": net.source, "seconds": round(time.perf_counter() - started)}
     row |= {"params": counted.params, "macs": counted.macs}
     return row | accuracy(int((out.argmax(1) == labels).sum()), len(labels))
@@ -87,7 +87,8 @@ def main() -> None:
         if name not in NETS:
             sys.exit(f"{name} is not one of {', '.join(NETS)}")
         rows = [row for row in rows if (row["net"], row["seed"]) != (name, seed)] + [trained(name, seed, protocol)]
-        record(f"papers-{protocol}", rows, "papers", data="CIFAR-10, 10,000 test images")
+        arguments = ["--full"] if protocol == "full" else []
+        record(f"papers-{protocol}", rows, "papers", arguments, data="CIFAR-10, 10,000 test images")
 
 
 if __name__ == "__main__":

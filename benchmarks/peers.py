@@ -1,7 +1,7 @@
 """Int8 without training beside other tools' of the same float network: `peers.py [NETWORK ...]`.
 
 onnxruntime's own static quantization and NNCF's (where it is installed), each with its defaults for convolutional
-networks, weights per channel, and the same calibration images; ours is recipe `int8`, which is `Quantize` alone, and
+networks, weights per channel, and the same 1,000 calibration images; ours is `Quantize` alone, as in recipe `int8`, and
 beside it the same with `CorrectBias`. Top-1 is that of the ONNX files in onnxruntime, with ours' paired difference to
 each; how far a file is from the float network is told by the divergence of its answers. Over the same images it is
 counted how often ours in torch gives the answer of its own file. Times are ratios of ours to theirs, measured in turns,

@@ -42,7 +42,7 @@ def main() -> None:
     for model in sys.argv[1:] or MODELS:
         with tempfile.TemporaryDirectory() as folder:
             rows += measured(model, Path(folder))
-    record("runtimes", rows, data="times on noise of CIFAR-10's size", seed=0)
+    record("runtimes", rows, arguments=sys.argv[1:], data="times on noise of CIFAR-10's size", seed=0)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def main() -> None:
     rows = [row(channels, size, target) for channels, size in SHAPES]
     name = "shift_latency" + ("" if target == "onnxruntime" else f"_{target}")
     about = {"model": "one layer", "data": "noise", "seed": 0, "target": f"{target}, batch 1, 2 threads"}
-    record(name, rows, "shift_latency", **about)
+    record(name, rows, "shift_latency", sys.argv[1:], **about)
 
 
 if __name__ == "__main__":

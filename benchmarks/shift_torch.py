@@ -100,6 +100,7 @@ def main() -> None:
     record(
         "shift_torch",
         rows,
+        arguments=sys.argv[1:],
         model="one layer",
         data="noise",
         seed=0,

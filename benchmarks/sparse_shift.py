@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, cifar, compress, data_root, record, where
+from common import RESULTS, cifar, compress, data_root, here, record
 from torch import Tensor
 
 from compress import load
@@ -86,7 +86,7 @@ def trained(net: str, l1: float, folder: Path) -> Row:
         "displacements": result["displacements"],
         **{key: result[key] for key in ("params", "nonzero", "macs", "bytes")},
         "wall_seconds": round(seconds, 1),
-        "on": where(),
+        **here(),
         "correct": packed(correct_on_test(folder / "out" / "model.safetensors")),
     }
 

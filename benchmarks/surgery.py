@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from common import RESULTS, ROOT, cifar, compress, figures, record
+from common import RESULTS, ROOT, cifar, compress, figures, here, record
 
 WORK = ROOT / "outputs" / "benchmarks" / "surgery"
 FIRST = "exclude:[conv1]"
@@ -45,7 +45,12 @@ def run(name: str) -> Row:
     kept = ("base_top1", "top1", "low", "high", "paired", "base_bytes", "bytes", "base_params", "params")
     nonzero = report["rows"][-1]["nonzero"]
     row = {"name": name, "model": model, "stage": stage, **{key: found[key] for key in kept}, "nonzero": nonzero}
-    return row | {"base_macs": found["base_macs"], "macs": found["macs"], "seconds": found["seconds"]["surgery"]}
+    return row | {
+        "base_macs": found["base_macs"],
+        "macs": found["macs"],
+        "seconds": found["seconds"]["surgery"],
+        **here(),
+    }
 
 
 def main() -> None:

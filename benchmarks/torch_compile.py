@@ -75,17 +75,18 @@ def measured(model: str, folder: Path, rounds: int, seconds: float) -> list[dict
 
 def main() -> None:
     once = "--once" in sys.argv
-    models = [name for name in sys.argv[1:] if name != "--once"] or MODELS
+    named = [name for name in sys.argv[1:] if name != "--once"]
     warnings.simplefilter("ignore")  # torch's own pytree code
     rows = []
-    for model in models:
+    for model in named or MODELS:
         with tempfile.TemporaryDirectory() as folder:
             rows += measured(model, Path(folder), *((1, 0.3) if once else (ROUNDS, SECONDS)))
     for row in rows:
         print(f"{row['model']}, batch {row['batch']}: {row['times_faster']} times faster; {row['kernels']}")
     if not once:
-        context = {"data": "CIFAR-10; times on noise", "seed": 0, "precision": "float32 against int8"}
-        record("torch_compile", rows, threads=THREADS, rounds=ROUNDS, least_at_batch_32=LEAST, **context)
+        context: dict[str, Any] = {"data": "CIFAR-10; times on noise", "seed": 0, "precision": "float32 against int8"}
+        context |= {"threads": THREADS, "rounds": ROUNDS, "least_at_batch_32": LEAST}
+        record("torch_compile", rows, arguments=named, **context)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ _FOLDER_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; gives back the exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    jobs: list[config.Job] = []
     try:
         jobs = compose(given)
         check(jobs)
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return complain(error, BAD_INPUT)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped.", file=sys.stderr)
+        goes_on = all(plan.stores(job.settings) for job in jobs)
+        then = "goes on where this one stopped" if goes_on else "begins anew, since `cache` is off"
+        print(f"interrupted; the same command {then}.", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -74,6 +77,7 @@ def compose(arguments: Sequence[str]) -> list[config.Job]:
     before, sys.argv = sys.argv, ["compress", *config.opened(arguments)]
     try:
         config.register(arguments)
+        config.require_names(arguments)
         hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(collect)()
     except config.COMPOSITION_ERRORS as error:
         if wanted == "1":
@@ -114,7 +118,7 @@ def check(jobs: Sequence[config.Job]) -> None:
 def carry_out(jobs: Sequence[config.Job], command: str) -> int:
     """Do the runs of a sweep one after another, and the report over them; gives back the worst exit code."""
     runs = [Run(job.command) for job in jobs]
-    folder = plan.fresh(sweep.home([Path(job.settings["out"]) for job in jobs]))
+    folder = plan.fresh(sweep.home([Path(str(job.settings["out"])) for job in jobs]))
     try:
         for number, job in enumerate(jobs, 1):
             print(f"run {number} of {len(jobs)}: {job.command}", file=sys.stderr)
@@ -159,13 +163,21 @@ def execute(job: config.Job) -> Run:
     except OSError as error:
         if error.errno not in _FOLDER_TROUBLE:
             raise
-        return Run(job.command, complain(error, BAD_INPUT), error=str(error))
+        told = no_place(error, job)
+        return Run(job.command, complain(told, BAD_INPUT), error=str(told))
     finally:
         if out is not None:
             with suppress(OSError):
                 (out / UNFINISHED).rmdir()  # each only where nothing was written
                 out.rmdir()
     return Run(job.command, 0, out)
+
+
+def no_place(error: OSError, job: config.Job) -> ConfigError:
+    """What to say where a file cannot be written."""
+    where = f"{error.filename}: " if error.filename else ""
+    folders = f"`out` (={job.settings['out']}) and `cache` (={job.settings['cache']})"
+    return ConfigError(f"a file cannot be written: {where}{error.strerror}; make room there, or move {folders}.")
 
 
 def complain(error: Exception, code: int) -> int:

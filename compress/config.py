@@ -21,6 +21,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
@@ -155,6 +156,21 @@ _OPEN = re.compile(r"(stages|model|data)\.[\w.]+=")
 def opened(arguments: Iterable[str]) -> list[str]:
     """Command-line arguments, with "stages.shift.gate=macs" as Hydra's "++stages.shift.gate=macs"."""
     return [f"++{argument}" if _OPEN.match(argument) else argument for argument in arguments]
+
+
+# Hydra answers `model=null` or `model=3` with a traceback, and lays the files of `model=[a,b]` over each other.
+_GROUP = re.compile(r"(recipe|model|data|hydra/\w+)=")
+
+
+def require_names(arguments: Iterable[str]) -> None:
+    """Raise `ConfigError` where a group is given something other than a name, or names to sweep over."""
+    groups = [argument for argument in arguments if _GROUP.match(argument)]
+    for override in OverridesParser.create().parse_overrides(groups):
+        value = override.value()
+        given = value.list if isinstance(value, ChoiceSweep) else [value]
+        if not all(isinstance(each, str | QuotedString | Glob) for each in given):
+            shown = str(override.input_line).partition("=")[2]
+            raise ConfigError(f"`{override.key_or_group}` (={shown}) must be a name; --help lists them.")
 
 
 def _closed(argument: str) -> str:

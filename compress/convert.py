@@ -16,9 +16,9 @@ from torch import Tensor
 
 from compress import checkpoint
 from compress.errors import UserError
-from compress.lower import EXPORTS, write_file
+from compress.lower import EXPORTS, SUFFIXES, write_file
 from compress.lower.forms import FORMS
-from compress.measure import RUNTIMES
+from compress.measure import RUNTIMES, require_runtime
 
 BAD_INPUT = 2
 IMAGES = 7  # of noise, that files are compared on
@@ -57,10 +57,15 @@ def convert(
         raise UserError(f"`formats` (={list(formats)}) must be some of {', '.join(EXPORTS)}.")
     if normalize and "onnx" not in formats:
         raise UserError("`normalize` is for onnx, which is not among the formats; add it, or leave `normalize` out.")
+    if forms == "measured":
+        _require_measurable(formats, target)
     model = checkpoint.load(path, allow=allow)
     described: Any = model.input
     folder = path.parent if out is None else Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"`out` (={folder}) cannot be made: {error.strerror}; choose another folder.") from error
     example = _noise(described, path)
     return [
         write_file(
@@ -74,6 +79,17 @@ def convert(
         )
         for kind in formats
     ]
+
+
+def _require_measurable(formats: Sequence[str], target: str) -> None:
+    require_runtime(target)
+    ending = SUFFIXES.get(target, ".pt2")
+    those = [kind for kind, suffix in EXPORTS.items() if suffix.endswith(ending)]
+    if not set(those) & set(formats):
+        raise UserError(
+            f"`forms` (='measured') is measured in `target` (={target!r}) on its own files, {' or '.join(those)}, but "
+            f"the formats are {', '.join(formats)}; take another `target`, add one of its formats, or forms='default'."
+        )
 
 
 def _noise(described: Mapping[str, Any], path: Path) -> Tensor:

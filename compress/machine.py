@@ -12,12 +12,12 @@ import torch
 from compress import __version__
 from compress.measure import available_threads
 
-LIBRARIES = ("torch", "torchao", "onnx", "onnxruntime", "openvino")
+LIBRARIES = ("torch", "torchao", "torch-pruning", "tensorly", "onnx", "onnxruntime", "openvino", "nncf")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_int8")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and the libraries that figures depend on, where they are installed."""
+    """Versions of Python, this package and the libraries that figures depend on or stand beside, where installed."""
     found = {"compress": __version__, "python": platform.python_version()}
     for package in LIBRARIES:
         try:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from compress.files import UNFINISHED
 from compress.lower import EXPORTS
 from compress.lower.forms import FORMS
 from compress.lower.pt2_x86 import pt2_x86_problems
-from compress.measure import RUNTIMES
+from compress.measure import RUNTIMES, require_runtime
 from compress.models.weights import load_weights
 from compress.quantization import is_quantized
 from compress.stage import Stage, missing_problems, order_problems
@@ -66,19 +65,16 @@ def make(settings: Mapping[str, Any]) -> Plan:
     Raises:
         ConfigError: every problem that was found, one a line.
     """
-    problems: list[str] = []
-    problems += [f"`{key}` is not a setting; see --help." for key in settings if key not in SETTINGS]
+    if absent := [key for key in SETTINGS if key not in settings]:
+        raise ConfigError(f"`{min(absent)}` must be given; leave out ~{min(absent)}.")
+    problems = [f"`{key}` is not a setting; see --help." for key in settings if key not in SETTINGS]
     device = _choices(settings, problems)
     seed = settings["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         problems.append(f"`seed` (={seed}) must be a whole number, 0 or more.")
         seed = 0
-    out, cache = Path(str(settings["out"])), settings["cache"]
-    kept = None if cache in (None, False, "off") else Path(str(cache))
-    for key, folder in (("out", out), ("cache", kept)):
-        if folder is not None:
-            with collecting(problems):
-                require_writable(key, folder)
+    out = _folder("out", settings["out"], "outputs/runs/mine", problems)
+    kept = _folder("cache", settings["cache"], "outputs/cache, or `off`", problems) if stores(settings) else None
     stages = _stages(settings["stages"], problems)
     if stages and "pt2_x86" in _listed(settings["export"]):
         problems += pt2_x86_problems(stages)
@@ -130,6 +126,21 @@ def require_writable(key: str, folder: Path) -> None:
         ) from error
 
 
+def stores(settings: Mapping[str, Any]) -> bool:
+    """Whether finished stages are kept."""
+    return settings["cache"] not in (None, False, "off")
+
+
+def _folder(key: str, value: Any, example: str, problems: list[str]) -> Path:
+    folder = Path(str(value))
+    if value is None or isinstance(value, bool | list | dict) or folder.name in ("", ".."):
+        problems.append(f"`{key}` (={value}) must be the name of a folder, such as {example}.")
+    else:
+        with collecting(problems):
+            require_writable(key, folder)
+    return folder
+
+
 def _choices(settings: Mapping[str, Any], problems: list[str]) -> torch.device:
     for key, known in CHOICES.items():
         if settings[key] not in known:
@@ -137,8 +148,9 @@ def _choices(settings: Mapping[str, Any], problems: list[str]) -> torch.device:
     unknown = [name for name in _listed(settings["export"]) if name not in EXPORTS]
     if unknown:
         problems.append(f"`export` (={unknown[0]}) must be a list out of {', '.join(EXPORTS)}.")
-    if settings["target"] == "openvino" and find_spec("openvino") is None:
-        problems.append("`target` (=openvino) is not installed; pip install 'compress-cnn[openvino]'.")
+    if settings["target"] in RUNTIMES:
+        with collecting(problems):
+            require_runtime(settings["target"])
     if settings["target"] == "cuda" and settings["measure"] != "none" and not torch.cuda.is_available():
         problems.append(
             "`target` (=cuda) cannot be measured: torch finds no GPU here; take another target, or `measure=none`."
@@ -185,9 +197,15 @@ def _task(node: Any, model: Any, device: torch.device, precision: str, seed: int
         if isinstance(value, bool) or not isinstance(value, int):
             problems.append(f"`data.{key}` (={value}) must be a whole number.")
             return None
-    with collecting(problems):
+    with collecting(problems, typed={name: f"data.{name}" for name in node} | {"input": "model.input"}):
+        source = _opened(target, json.dumps(arguments))
+        if len(source.train) < 2:
+            raise ConfigError(
+                f"`limit` (={node.get('limit')}) leaves {source.name} with {len(source.train)} training image(s), but "
+                "training takes at least 2; raise it, or add images."
+            )
         return make_task(
-            _opened(target, json.dumps(arguments)),
+            source,
             input=model.get("input") if isinstance(model, Mapping) else None,
             device=device,
             precision=precision if precision in PRECISIONS else PRECISIONS[0],
@@ -226,7 +244,7 @@ def _model(
             name = next((name for name in names if name in inspect.signature(function).parameters), None)
             if name is not None:
                 arguments.setdefault(name, int(value))
-        with collecting(problems):
+        with collecting(problems, typed={"weights": "model.weights"}):
             base = _base((target, arguments), function, weights, task.input)
             problems += _misfits(base, stages)
     return (target, arguments), weights, None if weights else train

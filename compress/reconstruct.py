@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.errors import DataError
+from compress.surgery import describe
 from compress.task import Batches
 from compress.walk import Walk
+from compress.windows import windows, windows_at
 
 ROWS = 1 << 19  # at most so many (image, position) pairs a layer: more change nothing but the time
 
@@ -146,7 +148,7 @@ class Equations:
         positions = targets.shape[-1]
         if self.wanted < positions:
             chosen = torch.randperm(positions, generator=self.generator)[: self.wanted].to(x.device)
-            rows, targets = _windows_at(layer, x, chosen, y.shape[-1]), targets[..., chosen]
+            rows, targets = windows_at(layer, x, chosen, y.shape[-1]), targets[..., chosen]
         else:
             rows = windows(layer, x)
         a, b = _by_group(rows, layer.groups), _by_group(targets, layer.groups)
@@ -155,22 +157,33 @@ class Equations:
         parts = [part.cpu().double() for part in (a @ a.mT, a @ b.mT, b.square().sum((1, 2)))]
         self.parts = [mine + more for mine, more in zip(self.parts, parts, strict=True)] if self.parts else parts
 
-    def normal(self) -> Normal:
-        """What has come together."""
+    def normal(self, name: str = "") -> Normal:
+        """What has come together, for the layer of this name.
+
+        Raises:
+            DataError: there is NaN or infinity in it.
+        """
         if not self.parts:
             raise ValueError("no pairs to fit to")
+        require_finite(name or describe(self.layer), *self.parts)
         gram, cross, power = self.parts
         return Normal(gram, cross, power, self.bias)
 
 
+def require_finite(name: str, *gathered: Tensor) -> None:
+    """Raise `DataError` where there is NaN or infinity in what calibration images gave at the layer of this name."""
+    if not all(bool(each.isfinite().all()) for each in gathered):
+        raise DataError(f"calibration met NaN or infinity at `{name}`; the model's weights or the images are broken.")
+
+
 def normal_equations(
-    layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], images: int, bias: bool, rows: int = ROWS
+    layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], images: int, bias: bool, rows: int = ROWS, name: str = ""
 ) -> Normal:
     """The normal equations that fit a convolution of this geometry to (input, wanted output) pairs; see `Equations`."""
     equations = Equations(layer, images, bias, rows)
     for x, y in pairs:
         equations.add(x, y)
-    return equations.normal()
+    return equations.normal(name)
 
 
 def own_equations(
@@ -191,32 +204,12 @@ def own_equations(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: equations.normal() for name, equations in each.items()}
+    return {name: equations.normal(name) for name, equations in each.items()}
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """(N, C, L) -> (groups, C / groups, N * L)."""
     return x.view(len(x), groups, -1, x.shape[-1]).permute(1, 2, 0, 3).flatten(2)
-
-
-def windows(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """What each output position of a convolution sees of its input: (N, C * P, L), channel by channel."""
-    return F.unfold(_padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)
-
-
-def _windows_at(layer: nn.Conv2d, x: Tensor, chosen: Tensor, width: int) -> Tensor:
-    """What `windows` gives at the `chosen` places of an output so wide, without the others: (N, C * P, chosen)."""
-    padded = _padded(layer, x)
-    rows, columns = (torch.arange(k) * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
-    inside = (rows.unsqueeze(1) * padded.shape[-1] + columns).flatten().to(chosen)
-    corners = chosen // width * layer.stride[0] * padded.shape[-1] + chosen % width * layer.stride[1]
-    return padded.flatten(2)[:, :, (inside.unsqueeze(1) + corners).flatten()].view(len(padded), -1, len(chosen))
-
-
-def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    # Also right for padding="same", which may be wider on one side.
-    around = layer._reversed_padding_repeated_twice
-    return F.pad(x, around, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 
 
 def solve_kept(normal: Normal, group: int, keep: Tensor, ridge: float) -> Tensor:
@@ -279,7 +272,12 @@ def fit_convolution(layer: nn.Conv2d, pairs: Iterable[tuple[Tensor, Tensor]], im
 
     Gives back the squared error as a share of the wanted outputs' sum of squares.
     """
-    normal = normal_equations(layer, pairs, images, bias=layer.bias is not None)
+    return set_solution(layer, normal_equations(layer, pairs, images, bias=layer.bias is not None), ridge)
+
+
+@torch.no_grad()
+def set_solution(layer: nn.Conv2d, normal: Normal, ridge: float) -> float:
+    """Set the weights and bias of `layer` to the least-squares ones; gives back the error as `fit_convolution` does."""
     weights = solve(normal, ridge)
     everything = torch.arange(weights.shape[1])
     left = sum(

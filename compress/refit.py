@@ -27,7 +27,7 @@ def why_not(layer: nn.Module) -> str:
 
 @torch.no_grad()
 def refit(
-    layer: nn.Conv2d | nn.Linear, pairs: Iterable[tuple[Tensor, Tensor]], images: int, ridge: float
+    layer: nn.Conv2d | nn.Linear, pairs: Iterable[tuple[Tensor, Tensor]], images: int, ridge: float, name: str = ""
 ) -> tuple[float, float]:
     """Solve a masked layer's weights, and its bias, for (input, wanted output) pairs over `images` images.
 
@@ -40,7 +40,7 @@ def refit(
         if isinstance(layer, nn.Linear):  # a pointwise convolution over whatever lies between
             x, y = (z.reshape(len(z), -1, z.shape[-1]).mT.unsqueeze(-1) for z in (x, y))
         equations.add(x, y)
-    normal = equations.normal()
+    normal = equations.normal(name)
     masked = mask_of(layer)
     assert masked is not None
     start, support = _columns(layer.weight, groups), _columns(masked.mask, groups).bool()

@@ -29,7 +29,7 @@ Seen = Iterable[tuple[Tensor, Tensor]]  # (input of a layer, wanted output), bat
 
 
 @torch.no_grad()
-def equations(layer: ShiftConv2d, places: Tensor, seen: Seen, images: int) -> Normal:
+def equations(layer: ShiftConv2d, places: Tensor, seen: Seen, images: int, name: str = "") -> Normal:
     """The normal equations of a pointwise convolution over copies at `places` (C, K, 2), channel by channel."""
     width = layer.in_channels * places.shape[1]
     geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.in_channels, False)
@@ -41,7 +41,7 @@ def equations(layer: ShiftConv2d, places: Tensor, seen: Seen, images: int) -> No
     for x, y in seen:
         for some, wanted in zip(torch.split(x, AT_ONCE), torch.split(y, AT_ONCE), strict=True):
             gathered.add(move(some), wanted)
-    return gathered.normal()
+    return gathered.normal(name)
 
 
 class Sweep:

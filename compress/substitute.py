@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from compress.errors import ConfigError
 from compress.gate import Gate, check_gate
+from compress.nn.clustered import ClusteredWeight
+from compress.nn.masked import mask_of
+from compress.quantization import is_quantized
 from compress.reconstruct import ROWS, Normal, Pairs, execution_order, normal_equations, plain_images, seen_by
 from compress.stage import Edit
-from compress.surgery import layers, swap
+from compress.surgery import layers, left_out, swap
 from compress.task import Task, Work
 
 
@@ -47,6 +50,24 @@ def check_settings(settings: Substitution, **least: int) -> None:
         raise ConfigError(f"`ridge` (={settings.ridge}) must be a finite number, 0 or more.")
 
 
+def require_own_weights(model: nn.Module, settings: Substitution, kinds: Sequence[type[nn.Module]]) -> None:
+    """Raise `ConfigError` where layers to be replaced are pruned, clustered or quantized: what is computed anew would
+    be neither. Between the stages of a recipe their order sees to that; a model may come so."""
+    stage = type(settings).__name__
+    if is_quantized(model):
+        raise ConfigError(f"the model is quantized already; put `{stage}` before `Quantize`.")
+    if any(isinstance(module, ClusteredWeight) for module in model.modules()):
+        raise ConfigError(f"the model is clustered already; put `{stage}` before `Cluster`.")
+    found = layers(model, kinds)
+    reasons = left_out(model, found, settings.include, settings.exclude)
+    masked = [name for name, layer in found.items() if not reasons[name] and mask_of(layer) is not None]
+    if masked:
+        raise ConfigError(
+            f"pruned weights stay zero, which new ones would not, in {', '.join(masked)}; put `{stage}` before "
+            "`Prune`, or exclude these layers."
+        )
+
+
 @dataclass(frozen=True)
 class Old:
     """A convolution about to be replaced; a linear layer is shown as the 1x1 convolution, of any map, that it is."""
@@ -72,7 +93,8 @@ class Old:
 
     def normal(self, rows: int = ROWS) -> Normal:
         """The normal equations of a convolution of this geometry, with a bias if the layer has one."""
-        return normal_equations(self.layer, self.seen(), self.images, bias=self.layer.bias is not None, rows=rows)
+        bias = self.layer.bias is not None
+        return normal_equations(self.layer, self.seen(), self.images, bias, rows, self.name)
 
 
 def as_convolution(layer: nn.Module) -> nn.Conv2d:
@@ -109,8 +131,11 @@ def substitute(
     A layer that does not pay by `settings.gate` is kept, with the figures as its reason.
 
     Raises:
-        ConfigError: a pattern that matches nothing, or no layer was changed at all.
+        ConfigError: a pattern that matches nothing, or no layer was changed at all; weights that are pruned, clustered
+            or quantized already.
+        DataError: NaN or infinity at a layer.
     """
+    require_own_weights(model, settings, kinds)
     original = copy.deepcopy(model).eval()
     was_training = model.training
     model.eval()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,11 +26,13 @@ Call = tuple[Callable[..., Any], str, dict[str, Any]]  # a factory, its dotted n
 
 
 @contextmanager
-def collecting(problems: list[str], before: str = "") -> Iterator[None]:
+def collecting(problems: list[str], before: str = "", typed: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Add what is raised to `problems`, with the arguments of a function as their settings, by `typed`, are called."""
     try:
         yield
     except UserError as error:
-        problems.append(before + str(error))
+        names = typed or {}
+        problems.append(before + re.sub(r"(?<=`)\w+(?=[.`])", lambda name: names.get(name[0], name[0]), str(error)))
 
 
 def stage(where: str, node: Any, problems: list[str]) -> Stage | None:
@@ -78,9 +81,8 @@ def factory(where: str, node: Any, own: Iterable[str], problems: list[str]) -> C
         hints = get_type_hints(inspect.getattr_static(found, "__init__") if isinstance(found, type) else found)
     except (NameError, TypeError, ValueError):  # annotations that exist for type checkers only, or a built-in
         return found, str(target), {str(key): value for key, value in arguments.items() if key != "_target_"}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        hints = {**dict.fromkeys(arguments, Any), **hints}
-    types = {name: hints.get(name, Any) for name in (*parameters, *hints)}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    types = {name: hints.get(name, Any) for name in (*parameters, *(arguments if open_ended else ()))}
     before = len(problems)
     given = _converted(where, str(target), types, arguments, problems)
     # A factory's arguments are written into files, so they stay plain: a path is a string there.

@@ -27,6 +27,7 @@ from compress import optimizer
 from compress.errors import ConfigError, TrainingError
 from compress.files import write
 from compress.graphed import GraphedStep
+from compress.pruning import require_an_end
 from compress.task import Batches, Task, Work
 from compress.training import Training, answering, teacher_of
 
@@ -69,7 +70,8 @@ def fit(model: nn.Module, task: Task, work: Work, settings: Training) -> tuple[n
     torch adds up their gradients in any order.)
 
     Raises:
-        ConfigError: distillation without a base model, frozen batch norm without any.
+        ConfigError: distillation without a base model, frozen batch norm without any, `keep: best` where a schedule of
+            `Prune` ends in no epoch.
         TrainingError: the loss or a weight is no longer finite; the last good state stays in `work.folder`.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -77,6 +79,8 @@ def fit(model: nn.Module, task: Task, work: Work, settings: Training) -> tuple[n
         raise ConfigError(
             "`batch_norm` (=frozen) has nothing to freeze: the model has no batch norm; leave it at train."
         )
+    if settings.keep == "best":
+        require_an_end(model, settings.epochs, len(task.train))
     model = _channels_last(model.to(task.device))
     run = _Run(model, task, settings)
     state = work.folder / "state.safetensors"
@@ -209,7 +213,10 @@ class _Run:
         return torch.autocast(self.task.device.type, torch.bfloat16, enabled=self.task.precision == "bfloat16")
 
     def end_epoch(self, epoch: int, loss: float, accuracy: float, seconds: float) -> None:
-        """Record the epoch; with `keep: best` also evaluate it on val, by divergence where the base has seen val."""
+        """Record the epoch; with `keep: best` also evaluate it on val, by divergence where the base has seen val.
+
+        An epoch is not the best where a module still `waits` for the end of a schedule.
+        """
         record: dict[str, Any] = {"epoch": epoch + 1, "loss": loss, "train_top1": 100 * accuracy, "val_top1": None}
         record |= {"lr": self.settings.lr * optimizer.schedule(float(epoch), self.settings), "seconds": seconds}
         if self.settings.keep == "best":
@@ -222,7 +229,8 @@ class _Run:
                     base = self.task.teacher.to(self.task.device)
                     self.wanted = logits(base, self.task.val, self.task.device)[0]
                 score = -divergence(outputs, self.wanted)
-            if score > self.best_score:
+            waits = any(getattr(module, "waits", False) for module in kept.modules())
+            if score > self.best_score and not waits:
                 self.best_score = score
                 self.best = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
         self.history.append(record)

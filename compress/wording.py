@@ -50,6 +50,9 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         lines.append("val seen by the base: accuracy on val says nothing here; decisions used the base's logits.")
     if result.get("checkpoint"):
         lines.append(f"{file_text(result['checkpoint'])}  {result['checkpoint'].get('load') or ''}".rstrip())
+        lines += [f"  {remark}" for remark in [result["checkpoint"].get("remark")] if remark]
+    if result.get("failure"):
+        lines.append(f"not finished: {result['failure']}")
     for export in result.get("exports") or []:
         lines.append(f"{file_text(export)}  {parity_text(export.get('parity'))}")
         in_float = export.get("float_layers") or {}

@@ -216,6 +216,21 @@ def test_layers_that_are_kept_say_why() -> None:
     assert torch.equal(tied.one.weight, before)
 
 
+def test_one_bit_is_not_enough_beside_zeros() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(3)))
+    model[0].weight.data[:, ::2] = 0
+    model[1].weight.data.copy_(torch.where(model[1].weight > 0, 0.5, 0.0))
+    before = [layer.weight.detach().clone() for layer in model]
+    sites = cluster(model, bits=1).sites
+    assert sites[0].why == "zero takes one of 2 values, which leaves a single one for all other weights; take `bits: 2`"
+    assert [site.after for site in sites] == [None, "2 shared weights, zero among them", "2 shared weights"]
+    assert torch.equal(model[0].weight, before[0]) and torch.equal(model[1].weight, before[1])
+    with pytest.raises(ConfigError, match="would change nothing; every layer was kept: zero takes one of 2 values"):
+        cluster(nn.Sequential(model[0]), bits=1)
+    assert cluster(nn.Sequential(model[0]), bits=2).sites[0].after == "4 shared weights, zero among them"
+
+
 def test_layers_of_ours_are_clustered_inside_after_settling() -> None:
     torch.manual_seed(0)
     layer = ShiftConv2d(8, 16, 3, 3, padding=1, learn=True)

@@ -148,7 +148,21 @@ BAD = {
     "empty sweep": (["-m", "recipe=glob(nope*)"], "the sweep has no runs: a glob(...) in it matches nothing."),
     "sweep without -m": ([*ASK, "seed=1,2"], "--multirun"),
     "missing folder": (["recipe=x", "hydra.searchpath=[recipes://no]"], "there is no folder 'no'"),
-    "no root": ([*ASK, "data=folder"], "`root` (=None) is not a folder; set `data.root`"),
+    "no root": ([*ASK, "data=folder"], "`data.root` (=None) is not a folder; set `data.root`"),
+    "no model": ([*ASK, "model=null"], "`model` (=null) must be a name; --help lists them."),
+    "no data": ([*ASK, "data=null"], "`data` (=null) must be a name; --help lists them."),
+    "recipe null": (["recipe=null"], "`recipe` (=null) must be a name; --help lists them."),
+    "no model in a sweep": (["-m", *ASK, "model=small,null"], "`model` (=small,null) must be a name"),
+    "a number for a model": ([*ASK, "model=3"], "`model` (=3) must be a name; --help lists them."),
+    "two models": ([*ASK, "model=[small,resnet20]"], "`model` (=[small,resnet20]) must be a name"),
+    "no launcher": ([*ASK, "hydra/launcher=null"], "`hydra/launcher` (=null) must be a name"),
+    "out is here": ([*ASK, "out=."], "`out` (=.) must be the name of a folder, such as outputs/runs/mine."),
+    "out is nothing": ([*ASK, "out="], "`out` (=) must be the name of a folder"),
+    "out is null": ([*ASK, "out=null"], "`out` (=None) must be the name of a folder"),
+    "cache is true": ([*ASK, "cache=true"], "`cache` (=True) must be the name of a folder, such as outputs/cache, or"),
+    "weights": ([*ASK, "model.weights=nope.th"], "`model.weights` (='nope.th') does not exist"),
+    "limit": ([*ASK, "data.limit=1"], "`data.limit` (=1) leaves digits with 1 training image(s)"),
+    "annotation": ([*ASK, "model.return=3"], "`model.return` is not a setting of test_config.net; It has: classes, ch"),
     "interpolation": ([*ASK, "seed=${nothing}"], "nothing"),
     "missing value": ([*ASK, "stages.toy.taps=???"], "`stages.toy.taps` must be given."),
     "out is a file": ([*ASK, "out=mine/toys.yaml/x"], "`out` (=mine/toys.yaml/x) cannot be written"),
@@ -193,13 +207,25 @@ def test_a_recipe_that_is_not_yaml(runs: Runs, ask: Ask, tmp_path: Path) -> None
         (CheckpointError("it is cut short."), 2, "error: it is cut short.\n"),
         (TrainingError("the loss is NaN at step 3."), 1, "error: the loss is NaN at step 3.\n"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on where this one stopped.\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "error: a file cannot be written: No space left on device; make room there, or move `out` (=here) and "
+            "`cache` (=outputs/cache).\n",
+        ),
     ],
 )
 def test_how_a_run_can_end(runs: Runs, ask: Ask, error: BaseException, code: int, message: str) -> None:
     runs.raises = error
     assert ask(*ASK, "out=here") == (code, message)
     assert not Path("here").exists()
+
+
+def test_an_interrupted_run_that_keeps_nothing(runs: Runs, ask: Ask) -> None:
+    runs.raises = KeyboardInterrupt()
+    said = "interrupted; the same command begins anew, since `cache` is off.\n"
+    assert ask(*ASK, "cache=off") == (130, said)
+    assert ask("-m", *ASK, "cache=off", "seed=1,2")[1].endswith(said)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(runs: Runs) -> None:

@@ -211,13 +211,22 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
         ({"export": ["onnx", "tflite"]}, "`export` (=tflite) must be a list out of onnx, pt2, pt2_x86."),
         ({"data": {"limits": 5}}, "`data.limits` is not a setting of compress.data.digits; did you mean `limit`?"),
         ({"data": {"limit": "few"}}, "`data.limit` (=few) must be of type"),
-        ({"data": {"limit": 0}}, "`limit` (=0) must be at least 1"),
+        ({"data": {"limit": 0}}, "`data.limit` (=0) must be at least 1"),
+        (
+            {"data": {"limit": 1}},
+            "`data.limit` (=1) leaves digits with 1 training image(s), but training takes at least",
+        ),
+        ({"data": {"batch_size": 0}}, "`data.batch_size` (=0) must be at least 2"),
+        ({"data": {"calibration_images": 1}}, "`data.calibration_images` (=1) must be at least 2"),
         ({"data": {"batch_size": "big"}}, "`data.batch_size` (=big) must be a whole number."),
         ({"data": {"_target_": "compress.data.dogs"}}, "(=compress.data.dogs) does not exist; compress.data has"),
-        ({"model": {"input": {"scael": 1}}}, "`input` has the unknown key 'scael'"),
+        ({"model": {"input": {"scael": 1}}}, "`model.input` has the unknown key 'scael'"),
         ({"model": {"width": "wide"}}, "`model.width` (=wide) must be of type int"),
+        ({"model": {"input": {"size": [9, 9]}}}, "`model.input` asks for size=[9, 9]"),
+        ({"model": {"input": {"std": [0]}}}, "`model.input.std` (=[0]) must be above 0"),
+        ({"model": {"return": 3}}, "not a setting of test_config.net; It has: classes, channels, width, first."),
         ({"model": {"wdith": 8}}, "`model.wdith` is not a setting of test_config.net; did you mean `width`?"),
-        ({"model": {"weights": "/nowhere/w.th"}}, "/nowhere/w.th"),
+        ({"model": {"weights": "/nowhere/w.th"}}, "`model.weights` (='/nowhere/w.th') does not exist"),
         ({"model": {"train": None}}, "`model.weights` is not given and `model.train` is null"),
         ({"model": {"train": TOY}}, "`model.train` (Toy) must be a compress.stages.FineTune."),
         ({"model": {"_target_": "test_config.not_a_model"}}, "gave a str, not a torch.nn.Module."),
@@ -239,23 +248,6 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path, device="cuda")
     assert problem == "`device` (=cuda) is not there: torch finds no CUDA device; use device=cpu."
     assert plan.make(settings(tmp_path, device="auto")).task.device == torch.device("cpu")
-
-
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match=r"`out` \(=.*file/out\) cannot be written: .*file: Not a directory"):
-        plan.make(settings(tmp_path, out=str(tmp_path / "file" / "out")))
-    with pytest.raises(ConfigError, match=r"`cache` \(=/proc/cache\) cannot be written"):
-        plan.make(settings(tmp_path, cache="/proc/cache"))
-
-
-def test_a_run_never_writes_into_what_is_there(tmp_path: Path) -> None:
-    out = tmp_path / "runs" / "a"
-    out.mkdir(parents=True)
-    assert plan.fresh(out) == out  # empty, and so taken
-    assert plan.fresh(out) == tmp_path / "runs" / "a-2"  # the first is a run's, though it has written nothing yet
-    (tmp_path / "runs" / "a-3").touch()
-    assert plan.fresh(out) == tmp_path / "runs" / "a-4"
 
 
 def test_the_data_says_how_many_classes_and_channels(tmp_path: Path) -> None:

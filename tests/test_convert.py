@@ -66,6 +66,30 @@ def test_from_the_command_line(files: dict[str, Path]) -> None:
     assert (files["float"].parent / "float.onnx").is_file()
 
 
+def test_forms_are_measured_in_the_targets_own_files_only(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"`forms` \(='measured'\) .* on its own files, onnx, but the formats are pt2;"):
+        convert(files["float"], ["pt2"], tmp_path, forms="measured")
+    with pytest.raises(UserError, match="on its own files, pt2 or pt2_x86, but the formats are onnx;"):
+        convert(files["float"], ["onnx"], tmp_path, forms="measured", target="torch.compile")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("compress.measure.timing.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"`target` \(='openvino'\) needs the package openvino, .*: pip install"):
+        convert(files["float"], ["onnx"], tmp_path, target="openvino", forms="measured")
+    assert convert(files["float"], ["onnx"], tmp_path, target="openvino")  # which takes no OpenVINO
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/dev/null/x"])
+def test_a_folder_that_cannot_be_made(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([str(files["float"]), "--to", "onnx", "--out", str(tmp_path / folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: `out` (={tmp_path / folder}) cannot be made: ") and said.count("\n") == 1
+
+
 def test_what_cannot_be_converted(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"`formats` \(=\['tflite'\]\) must be some of onnx, pt2, pt2_x86"):
         convert(files["float"], ["tflite"])

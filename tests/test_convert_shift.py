@@ -15,10 +15,11 @@ from compress.models import as_net, as_resnet_w32
 from compress.models.weights import load_weights, read_weights
 from compress.nn.displace import Shift2d, ShiftPool2d
 from compress.nn.displacement import displace
+from compress.nn.shift import ShiftConv2d
 from compress.nn.taps import round_half_away
 from compress.reconstruct import seen_by
 from compress.stage import Edit
-from compress.stages import ConvertShift
+from compress.stages import ConvertShift, Shift
 from compress.surgery import describe, layers
 from compress.task import Work
 
@@ -175,3 +176,34 @@ def test_the_published_network_survives_the_rule_for_strides_but_not_rounding(da
     edit = ConvertShift(others="keep", refit=False)(model, noise_task(shape, images=2), Work(tmp_path))
     assert len([site for site in edit.sites if site.after]) == 4
     assert cosine(edit.model) > 0.98
+
+
+def learned(path: Path) -> nn.Module:
+    """A network of bilinear shift convolutions, made by the stage `Shift` and moved off the grid."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, 2, 1, groups=2), nn.ReLU())
+    model = Shift(taps=3, learn=True, quantize=False, images=32)(model, noise_task(SHAPE), Work(path)).model
+    for layer in layers(model, (ShiftConv2d,)).values():
+        with torch.no_grad():
+            layer.displacement.add_(torch.empty_like(layer.displacement).uniform_(-0.6, 0.6))
+    return model.eval()
+
+
+def test_shift_convolutions_are_rounded_parted_and_solved_for(tmp_path: Path) -> None:
+    model = learned(tmp_path)
+    x = torch.cat([images for images, _ in noise_task(SHAPE).calibration])[:32]
+    wanted = model(x)
+    lost = {}
+    for refit in (False, True):
+        edit = convert(copy.deepcopy(model), tmp_path, refit=refit)
+        assert [bool(site.after) for site in edit.sites] == [True, True]
+        for layer in layers(edit.model, (ShiftConv2d,)).values():
+            assert layer.integer and not layer.learn and not layer.displacement.requires_grad
+            assert all(len({tuple(place) for place in channel.tolist()}) == 3 for channel in layer.displacement)
+        lost[refit] = float((edit.model(x) - wanted).detach().square().mean())
+    assert lost[True] < 0.5 * lost[False] and list(edit.notes["relative_error"]) == ["0", "2"]
+
+
+def test_shift_convolutions_can_be_kept_bilinear(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`others` is keep"):
+        convert(learned(tmp_path), tmp_path, others="keep")

@@ -61,6 +61,7 @@ WAYS: dict[str, list[Stage]] = {
     "AdaRound, after pruning": [Prune(amount=0.3, images=16), INT8, AdaRound(images=16, scales=False)],
     "Cluster, by density": [Cluster(bits=3, start="density")],
     "Cluster, trained": [Prune(amount=0.3, images=16), Cluster(bits=3), FineTune(**TRAINED)],
+    "ConvertShift, channels": [ConvertShift(images=16), PruneChannels(macs=0.6, images=16)],
     "ConvertShift, not refitted": [ConvertShift(refit=False)],
     "CorrectBias, analytic": [INT8, CorrectBias(method="analytic")],
     "Equalize, absorbing": [Equalize(absorb=True)],

@@ -10,6 +10,7 @@ import torch
 from random_task import quantize, task, warm
 from torch import Tensor, nn
 
+from compress.errors import TrainingError
 from compress.lower import export_onnx, fold_batch_norm
 from compress.nn.displace import Shift2d
 from compress.nn.displacement import displace
@@ -241,3 +242,31 @@ def test_batch_norm_folds_around_it_and_training_moves_learned_displacements(tmp
     steps = (model.shift.displacement - before).abs()
     assert 0 < steps.max() < 0.01  # three steps of at most lr / 100 and their momentum
     assert fold_batch_norm(model.eval()) == [("stem.0", "stem.1")]
+
+
+def test_at_the_far_edge_the_gradient_is_that_of_the_side_within_reach() -> None:
+    x = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).view(1, 1, 1, 5)
+    for start, expected in ((1.0, 4.0), (-1.0, 2.0)):  # at position 2: 8 - 4, and 4 - 2
+        layer = Shift2d(1, 3, learn=True, normalize=False)
+        with torch.no_grad():
+            layer.displacement.copy_(torch.tensor([[0.0, start]]))
+        layer(x)[0, 0, 0, 2].backward()
+        assert layer.displacement.grad is not None
+        assert layer.displacement.grad[0, 1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_layer_that_learns_can_be_used_twice() -> None:
+    layer = Shift2d(4, 3, learn=True, quantize=False)
+    with torch.no_grad():
+        layer.displacement.fill_(1.5)
+    layer(layer(torch.randn(2, 4, 5, 5)).relu()).square().sum().backward()
+    assert layer.displacement.grad is not None and layer.displacement.max() == 1
+
+
+def test_a_displacement_that_is_no_number_ends_in_a_training_error(tmp_path: Path) -> None:
+    layer = Shift2d(2, 3, learn=True, quantize=False)
+    model = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))
+    with torch.no_grad():
+        layer.displacement[0, 0] = math.nan
+    with pytest.raises(TrainingError, match="the loss became nan"):
+        fit(model, task((2, 16, 16)), Work(tmp_path), FineTune(epochs=1))

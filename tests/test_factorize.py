@@ -17,6 +17,7 @@ from compress import checkpoint
 from compress.constructors import named
 from compress.errors import ConfigError
 from compress.lowrank.decompose import vbmf_rank
+from compress.lowrank.factors import Shape
 from compress.lowrank.harm import harms
 from compress.lowrank.ranks import Basis
 from compress.measure import counted, profile
@@ -129,7 +130,8 @@ def test_first_order_harm_is_what_small_changes_do() -> None:
     found = harms(model, {"0": layer}, "tucker", [x] * 20, seed=0)["0"]
     kernel = layer.weight.detach().double().flatten(2).permute(1, 2, 0)
     covariance = torch.einsum("nchw,ndhw->cd", x.double(), x.double())
-    basis = Basis.of(kernel, covariance)
+    basis = Basis.of(kernel, Shape.of(layer, "tucker"), covariance)
+    assert basis.first is not None and basis.last is not None
     with torch.no_grad():
         wanted = model(x)
         for first, last in ((1, 1), (3, 2), (2, 8), (6, 5)):
@@ -192,43 +194,6 @@ def test_quantized_afterwards_saved_and_loaded(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     checkpoint.save(edit.model.eval(), path, build=build, input=task.input, provenance={}, results={})
     assert torch.equal(compress.load(path)(task.example), edit.model(task.example))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({}, "exactly one of `ratio`, `energy`, .* must be given, not none"),
-        ({"ratio": 0.5, "macs": 0.5}, "not `ratio` and `macs`"),
-        ({"latency": 0.5, "gate": "latency"}, r"`gate` \(=latency\) would keep layers after the time for `latency`"),
-        ({"ratio": 1.5}, r"`ratio` \(=1.5\) must be a share, above 0 and below 1"),
-        ({"ratio": 0.0}, r"`ratio` \(=0.0\) must be a share"),
-        ({"ratio": 0.5, "method": "tt"}, r"`method` \(='tt'\) must be one of tucker, svd, spatial, cp"),
-        ({"macs": 0.5, "method": "cp"}, "`macs` cuts what is nested, which `method: cp` is not"),
-        ({"vbmf": True, "weaken": 0.0}, r"`weaken` \(=0.0\) must be above 0"),
-        ({"ratio": 0.5, "weaken": 0.8}, "`weaken` and `min_rank` belong to `vbmf`"),
-        ({"ratio": 0.5, "multiple": 0}, r"`multiple` \(=0\) must be at least 1"),
-        ({"ratio": 0.5, "gate": "size"}, r"`gate` \(='size'\) must be one of"),
-    ],
-)
-def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Factorize(**settings)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "message"),
-    [
-        ({"nowhere*": [1, 1]}, r"`ranks` has the pattern 'nowhere\*', which matches no layer"),
-        ({"stem": [9, 4]}, r"`ranks.stem` \(=\[9, 4\]\) must be between 1 and 8, what stem has"),
-        ({"mid": [2, 17]}, r"`ranks.mid` \(=\[2, 17\]\) must be between 1 and 16, what mid has"),
-        ({"stem": [4]}, r"`ranks.stem` \(=\[4\]\) must be 2 for stem"),
-        ({"head": [2, 2]}, r"`ranks.head` \(=\[2, 2\]\) must be 1 for head"),
-        ({"stem": [1, 10]}, r"`ranks.stem` \(=\[1, 10\]\) is of no use: the lower one must be at least 2"),
-    ],
-)
-def test_ranks_that_cannot_be(net: Net, ranks: dict[str, list[int]], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Factorize(ranks=ranks).check(net)
 
 
 @pytest.fixture

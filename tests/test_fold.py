@@ -11,6 +11,7 @@ from random_task import quantize, warm
 from torch import Tensor, nn
 
 from compress.lower.fold import fold_batch_norm
+from compress.nn.fire import Fire
 from compress.nn.shift import ShiftConv2d
 
 AWKWARD = [
@@ -44,6 +45,20 @@ def test_folding_reaches_into_layers_of_ours() -> None:
     expected = model(x)
     assert fold_batch_norm(model) == [("0", "1")]
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("expand1", "reorder"), [(0, False), (6, False), (6, True)])
+def test_folding_reaches_into_fire_modules(expand1: int, reorder: bool) -> None:
+    fire = Fire(8, 16, 4, expand1, 16 - expand1, reorder=reorder)
+    if reorder:
+        fire.order.copy_(torch.randperm(16, generator=torch.Generator().manual_seed(1)))
+    model = warm(nn.Sequential(fire, nn.BatchNorm2d(16), nn.ReLU()), (8, 12, 12))
+    x = torch.randn(2, 8, 12, 12)
+    expected = model(x)
+    assert fold_batch_norm(model) == [("0" if expand1 else "0.expand3", "1")]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    twice = warm(nn.Sequential(fire := Fire(8, 8, 4, 4, 4), nn.ReLU(), fire, nn.BatchNorm2d(8)), (8, 12, 12))
+    assert fold_batch_norm(twice) == []
 
 
 class Twice(nn.Module):

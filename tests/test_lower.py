@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress.lower import export_onnx, export_pt2, lower
+from compress.lower.parity import parity
 from compress.models import resnet20, small
 from compress.nn.shift import ShiftConv2d
 
@@ -266,3 +267,14 @@ def test_a_float_shift_has_float_weights(tmp_path: Path) -> None:
     export_onnx(layer, torch.randn(2, 4, 6, 6), tmp_path / "m.onnx", input={})
     operators = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
     assert operators == ["Conv", "Conv"]  # integers would have to be converted back in every run
+
+
+def test_parity_of_what_is_no_number() -> None:
+    example = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    for wrong in (torch.nan, torch.inf):
+        (row, *_) = parity(
+            lambda x: torch.eye(3)[:1].expand(len(x), 3), lambda x, w=wrong: torch.full_like(x, w), example
+        )
+        assert row["max_abs"] == torch.inf and row["top1_agreement"] == 0
+    (row, *_) = parity(*2 * [lambda x: torch.full_like(x, torch.nan)], example)
+    assert row["max_abs"] == 0 and row["top1_agreement"] == 1

@@ -6,6 +6,7 @@ import copy
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,13 @@ def test_by_reconstruction_a_copy_of_a_channel_goes_first(tmp_path: Path) -> Non
 def test_scores_by_hand(by: str, tmp_path: Path) -> None:
     model = net("residual")
     block: Any = model.layer1[0]  # type: ignore[index]
-    if by == "taylor":
-        for x, y in noise_task(SHAPE).calibration:
-            nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
-        score = (block.conv1.weight * block.conv1.weight.grad).sum((1, 2, 3)).square()
+    if by == "taylor":  # Molchanov et al.: squared for each of the batches, of which there are two
+        score, batches = torch.zeros(24), list(noise_task(SHAPE).calibration)
+        assert len(batches) == 2
+        for x, y in batches:
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            score += (block.conv1.weight.detach() * block.conv1.weight.grad).sum((1, 2, 3)).square()
         model.zero_grad()
     elif by == "bn":
         score = block.bn1.weight.abs()
@@ -164,6 +168,45 @@ def test_scores_by_hand(by: str, tmp_path: Path) -> None:
     edit = thin(model, tmp_path, macs=0.97, by=by, refit=False, include=["layer1.0.conv1"], multiple=6, floor=18)
     assert edit.notes["channels"] == {"layer1.0.conv1": [18, 24]}
     assert torch.equal(edit.model.layer1[0].bn1.weight, kept_scale)  # type: ignore[index,union-attr]
+
+
+class SharedNorm(nn.Module):
+    """One batch norm behind two convolutions, of which one reads channels that can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(2, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1, bias=False)
+        self.other, self.norm, self.linear = nn.Conv2d(2, 8, 1, bias=False), nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.norm(self.conv2(self.conv1(x).relu())), self.norm(self.other(x))
+        out: Tensor = self.linear((one.relu() + other.relu()).mean((2, 3)))
+        return out
+
+
+def test_a_norm_that_another_branch_calls_too_keeps_its_statistics(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = SharedNorm().eval()
+    before = copy.deepcopy(model.norm.state_dict())
+    edit = thin(model, tmp_path, macs=0.8, include=["conv1"])
+    assert edit.model.conv1.out_channels < 12
+    for name, tensor in edit.model.norm.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("shift", ["Shift2d", "ShiftConv2d"])
+def test_networks_in_float64(shift: str, tmp_path: Path) -> None:
+    task = noise_task(SHAPE)
+    model = net("shifted" if shift == "Shift2d" else "residual")
+    if shift == "ShiftConv2d":
+        model = Shift(taps=3, images=16, include=["layer1*"])(model, task, Work(tmp_path)).model
+    assert shift in {type(module).__name__ for module in model.modules()}
+    batches: Any = task.calibration
+    batches.x = batches.x.double()
+    task = replace(task, example=task.example.double())
+    edit = PruneChannels(macs=0.7, images=16)(model.double(), task, Work(tmp_path))
+    assert edit.model(task.example).dtype == torch.float64
+    assert edit.notes["macs"]["achieved"] <= 0.7  # type: ignore[index,call-overload,operator]
 
 
 def test_masks_stay_on_what_is_left(tmp_path: Path) -> None:

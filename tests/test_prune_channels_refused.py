@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,11 +91,55 @@ class Normed(nn.Module):
         return out
 
 
+class Silent(nn.Module):
+    """Leaves autograd, where no graph follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self.conv(x).relu().numpy())
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """A network of which the module is `1.odd`."""
+    return nn.Sequential(nn.Identity(), nn.Sequential(OrderedDict(first=nn.Identity(), odd=module)), nn.Identity())
+
+
 def test_networks_that_cannot_be_followed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be traced .*`Prune` takes single weights and works without"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be traced \(TraceError: .*\); .*`Prune` takes single weights and works"
+    ):
         thin(Switching(), tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be traced \(TraceError: .*, in `1.odd`\); `PruneChannels` follows"):
+        thin(inside(Switching()), tmp_path)
+    said = (
+        r"the channels of Sequential cannot be followed through its forward pass \(RuntimeError: Can't call numpy\(\) "
+        r"on Tensor that requires grad. .*, in `1.odd`\); what works without: `Prune` \(single weights\), `Factorize`"
+    )
+    with pytest.raises(ConfigError, match=said):
+        thin(inside(Silent()), tmp_path)
     with pytest.raises(ConfigError, match=r"does not run .* counts on a fixed width; put the layers before that place"):
         thin(Reshaped(), tmp_path)
+
+
+class Hidden(nn.Module):
+    """Puts the channels of a convolution where the graph sees none of them, and answers in small numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.linear = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x))
+        out: Tensor = self.linear(F.relu(self.conv2(x)).mean((2, 3))) * 1e-4
+        return out + 1e-5 * x.detach().mean((1, 2, 3)).unsqueeze(1)
+
+
+def test_small_answers_that_change_are_changed_answers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"changed the answers by .*e-\d+: some of them are read in a way"):
+        thin(Hidden(), tmp_path, by="l1", allocation="uniform", refit=False, include=["conv1"])
 
 
 def test_layers_that_stay_say_why(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_where_nothing_can_be_followed_the_rest_is_done(tmp_path: Path) -> None:
         told: Any = prune(model, tmp_path, harm=0).notes["channels"]
     assert told["left"] == {} and list(told["kept"]) == ["the model itself"]
     said = told["kept"]["the model itself"]
-    assert "cannot be followed through its forward pass (ValueError: ['no gradients; please'])" in said
+    assert "cannot be followed through its forward pass (ValueError: no gradients; please)" in said
     assert said.endswith("nothing has to be done about it, and `channels: false` does not look for them")
     assert "`Prune`" not in said
 

@@ -137,6 +137,14 @@ def test_the_page_holds_what_was_found_and_nothing_from_elsewhere(result: dict[s
     assert not re.search(r"#0[0-9]0[0-9]0[0-9]\b", page)  # every stand-in became a colour of the page
 
 
+def test_what_loading_takes_is_told(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    remark = "Load the checkpoint with `allow=['mypackage']` where you trust that code."
+    result["checkpoint"]["remark"] = remark
+    assert remark in Reader(render(result)).text
+    report.show(result)
+    assert f"\n  {remark}\n" in capsys.readouterr().out
+
+
 def test_the_same_result_gives_the_same_page(result: dict[str, Any]) -> None:
     assert render(result) == render(deepcopy(result))
 
@@ -279,3 +287,10 @@ def test_make_looks_at_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(shown, progress.Bars)
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(progress.make(stream), progress.Lines)
+
+
+def test_what_was_not_finished_is_told(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    result["failure"] = "no file can be made of this network."
+    assert "Not finished: no file can be made" in Reader(render(result)).text
+    report.show(result)
+    assert "not finished: no file can be made" in capsys.readouterr().out

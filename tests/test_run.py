@@ -14,13 +14,13 @@ import pytest
 import torch
 from awkward import noise_task
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 import compress
 import compress.stages
 from compress import checkpoint
 from compress.constructors import named
-from compress.errors import ConfigError
+from compress.errors import ConfigError, UserError
 from compress.run import run
 from compress.stage import ORDER, Stage, order_problems
 from compress.stages import (
@@ -88,6 +88,7 @@ QUICK: dict[str, Stage] = {
 # After the first of these the second finds nothing to do: no norm, no layer with one neighbour, no weight of its own.
 IDLE = {("Equalize", "Equalize"), ("Equalize", "FoldBatchNorm"), ("FoldBatchNorm", "FoldBatchNorm")}
 IDLE |= {("Cluster", "AdaRound")} | {(first, "Equalize") for first in ("Fire", "Group", "PoolHead", "Shift")}
+IDLE |= {("Factorize", "PruneChannels"), ("PruneChannels", "QuantizeDynamic")}  # factors; widths that are not 8s
 IDLE |= {("Prune", "Prune"), ("Prune", "Equalize"), ("Factorize", "QuantizeDynamic"), ("PruneShifts", "Shift")}
 REPLACING = {"Factorize", "Fire", "Group", "Invert", "Separable", "Shift"}  # every convolution that they can
 
@@ -234,6 +235,41 @@ def test_bad_calls(tmp_path: Path) -> None:
         run([QUICK["Shift"], QUICK["Shift"]], task, build=BUILD, out=tmp_path)
     with pytest.raises(ConfigError, match=r"`stages.shift` \(Shift\) cannot come after `stages.quantize`"):
         run([QUICK["Quantize"], QUICK["Shift"]], task, build=BUILD, out=tmp_path)
+    for name, value in (("target", "abacus"), ("measure", "al"), ("forms", "any"), ("export", ["onx"])):
+        with pytest.raises(ConfigError, match=f"`{name}` .*(onx|abacus|al|any).* must be "):
+            run([QUICK["Shift"]], task, build=BUILD, out=tmp_path, **{name: value})  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+class Deciding(nn.Module):
+    """Its forward pass decides by what the images show: torch.export cannot follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(SHAPE[0], 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x).mean((2, 3))
+        return y if y.sum() > 0 else -y
+
+
+def test_a_network_that_no_file_can_hold_is_told_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"torch.export stops with .*`export: \[\]` with `measure: none`"):
+        run([QUICK["Shift"]], noise_task(SHAPE), model=Deciding(), out=tmp_path, export=["onnx"], measure="none")
+    assert not list(tmp_path.glob("*.json"))
+    run([QUICK["Shift"]], noise_task(SHAPE), model=Deciding(), out=tmp_path, measure="none")
+
+
+def test_an_export_that_fails_leaves_checkpoint_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise UserError("no file can be made of this network.")
+
+    monkeypatch.setattr("compress.place.write_file", fails)
+    with pytest.raises(UserError, match=f"no file can be made .* The rest is done, and in {tmp_path}"):
+        run([QUICK["Shift"]], noise_task(SHAPE), build=BUILD, out=tmp_path, export="onnx", measure="none")
+    assert compress.load(tmp_path / "model.safetensors")
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["failure"].startswith("no file") and report["exports"] == []
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +279,8 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # One of each kind, AdaRound, which comes after Quantize, and QuantizeDynamic, which makes other layers: every pair of
 # them is run, the others with a few.
-EACH_KIND = ("AdaRound", "Cluster", "Equalize", "Factorize", "FineTune", "Prune", "Quantize")
-EACH_KIND += ("QuantizeDynamic", "Shift")
+EACH_KIND = ("AdaRound", "Cluster", "Equalize", "Factorize", "FineTune", "FoldBatchNorm", "Prune", "PruneChannels")
+EACH_KIND += ("Quantize", "QuantizeDynamic", "Shift")
 WITH_ALL = ("Quantize", "Shift")
 
 

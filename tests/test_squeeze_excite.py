@@ -19,7 +19,16 @@ from compress import checkpoint
 from compress.errors import ConfigError
 from compress.lower import export_onnx, lower
 from compress.measure import profile
-from compress.models import alexnet, mobilenet_v1, mobilenet_v2, resnet20, se_resnet20, small, squeezenet1_1
+from compress.models import (
+    alexnet,
+    mobilenet_v1,
+    mobilenet_v2,
+    resnet20,
+    se_resnet20,
+    shift_resnet20,
+    small,
+    squeezenet1_1,
+)
 from compress.nn.separable import SeparableConv2d
 from compress.nn.shift import ShiftConv2d
 from compress.nn.squeeze_excite import SqueezeExcitation
@@ -109,6 +118,11 @@ def test_gates_stand_at_the_end_of_residual_branches() -> None:
     site = next(site for site in edit.sites if site.name == "layer3.0.bn2")
     assert (site.before, site.after) == ("BatchNorm2d(64)", "BatchNorm2d(64) + SqueezeExcitation(64, reduction=16)")
     assert set(reasons(edit).values()) == {"no residual branch ends here"}
+
+
+def test_a_branch_may_end_in_a_relu() -> None:
+    edit = gated(shift_resnet20(expansion=1))
+    assert changed(edit) == [f"blocks.{number}.bn2" for number in range(9)]
 
 
 def test_of_two_convolved_sides_the_longer_one_is_the_branch() -> None:

@@ -72,8 +72,10 @@ def test_what_cannot_be_walked_is_run_anew(monkeypatch: pytest.MonkeyPatch) -> N
             return out
 
     batches = images("")
-    with pytest.raises(ValueError, match="cannot be traced"):
+    with pytest.raises(ValueError, match=r"cannot be traced \(TraceError: [^`]*\)"):
         Walk(Branching(), batches)
+    with pytest.raises(ValueError, match=r"cannot be traced \(TraceError: .*, in `0`\)"):
+        Walk(nn.Sequential(Branching()), batches)
     model = Branching().eval()
     (first, _) = Pairs(model, model, batches).of(model.conv, model.conv, 1)
     assert torch.equal(first[0], batches[0])

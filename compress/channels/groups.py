@@ -6,22 +6,17 @@ checked here, and one that cannot be removed says why.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from compress.errors import ConfigError
-from compress.lower.plain import bake
-from compress.nn.displace import Shift2d
+from compress.channels.dependencies import dependency_graph, unfollowed
 from compress.nn.shift import ShiftConv2d
 from compress.reconstruct import execution_order
 from compress.surgery import describe, kind
-from compress.surgery import replace as put
 
 MAKERS = (nn.Conv2d, nn.Linear, ShiftConv2d)  # the layers that make channels
 # What is made of torch's layers has to be able to say its new widths; the sides of its layers that it can say.
@@ -102,70 +97,16 @@ def find_groups(model: nn.Module, example: Tensor, calls: Mapping[str, int]) -> 
         ConfigError: the network's forward pass cannot be followed.
     """
     names = {name: module for name, module in model.named_modules()}
-    standing, place = _stand_in(model)
-    image = nn.Parameter(example)  # a parameter that belongs to no layer: so the graph tells who reads it
-    graph, library = _graph(standing, image)
+    image = nn.Parameter(example)
+    graph, library, place = dependency_graph(model, image)
     groups = []
     try:
         for group in graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)):
             groups.append(_read(group, graph, library, image, place, names, calls))
     except Exception as error:  # the library follows foreign code
-        raise ConfigError(_unfollowed(model, f"{type(error).__name__}: {error}")) from error
+        raise unfollowed(model, error) from error
     order = {name: at for at, name in enumerate(names)}
     return tuple(sorted(groups, key=lambda group: order[group.name]))
-
-
-def _stand_in(model: nn.Module) -> tuple[nn.Module, dict[int, str]]:
-    """A copy in which layers of ours are plain convolutions of the same channels, and where each module stands."""
-    standing = copy.deepcopy(model)
-    for module in list(standing.modules()):
-        if parametrize.is_parametrized(module):
-            bake(module)
-    for module in list(standing.modules()):
-        if kind(module) is ShiftConv2d:
-            standing = put(standing, module, _dense(module))
-        elif kind(module) is Shift2d:
-            assert isinstance(module, Shift2d)
-            standing = put(
-                standing, module, nn.Conv2d(module.channels, module.channels, 1, module.stride, groups=module.channels)
-            )
-    standing.requires_grad_(True)
-    return standing, {id(module): name for name, module in standing.named_modules()}
-
-
-def _dense(layer: nn.Module) -> nn.Conv2d:
-    assert isinstance(layer, ShiftConv2d)
-    return nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        layer.pointwise.bias is not None,
-        layer.padding_mode,  # type: ignore[arg-type]  # any text here, checked when the layer was made
-    ).to(layer.pointwise.weight.device)
-
-
-def _graph(model: nn.Module, image: nn.Parameter) -> tuple[Any, Any]:
-    import torch_pruning
-
-    graph = torch_pruning.DependencyGraph()
-    try:
-        with torch.enable_grad():
-            given = (image.clone(),)  # a network may change it in place, which no parameter allows
-            graph.build_dependency(model, given, unwrapped_parameters=[(image, 1)], verbose=False)
-            return graph, torch_pruning
-    except Exception as error:  # the library runs and follows foreign code
-        raise ConfigError(_unfollowed(model, f"{type(error).__name__}: {str(error).splitlines()[:1]}")) from error
-
-
-def _unfollowed(model: nn.Module, reason: str) -> str:
-    return (
-        f"the channels of {type(model).__name__} cannot be followed through its forward pass ({reason}); what works "
-        "without: `Prune` (single weights), `Factorize` and the stages that replace layers."
-    )
 
 
 def _read(

@@ -98,9 +98,11 @@ class OnDemand:
         return any(n.op == "call_module" and n.target in layers for n in self._needed(node, set(self.known[0])))
 
     def norm_after(self, node: fx.Node) -> nn.Module | None:
-        """The batch norm, with statistics of its own, that alone reads `node`."""
+        """The batch norm, with statistics of its own, that alone reads `node`, and reads nothing else."""
         reader = next(iter(node.users)) if len(node.users) == 1 else None
         if reader is None or reader.op != "call_module":
+            return None
+        if sum(each.op == "call_module" and each.target == reader.target for each in self.nodes) > 1:
             return None
         module = self.model.get_submodule(str(reader.target))
         return module if kind(module) in _NORMS and module.running_mean is not None else None

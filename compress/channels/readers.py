@@ -71,7 +71,7 @@ class Reader:
         equations = Equations(self._geometry(), sum(len(x) for x, _ in pairs), self.bias)
         for x, y in pairs:
             equations.add(*((as_map(x), as_map(y)) if isinstance(self.layer, nn.Linear) else (x, y)))
-        normal = equations.normal()
+        normal = equations.normal(self.name)
         return self._of_copies(normal) if isinstance(self.layer, ShiftConv2d) else normal
 
     def energy(self, inputs: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from compress.task import Batch
 SCORES = ("l1", "l2", "bn", "fpgm", "taylor")
 
 
-def unit_scores(model: nn.Module, group: ChannelGroup, by: str) -> Tensor:
-    """A score for each unit, summed over the layers that make it; for `taylor` the weights must hold gradients."""
+def unit_scores(model: nn.Module, group: ChannelGroup, by: str, taylor: Mapping[Tensor, Tensor]) -> Tensor:
+    """A score for each unit, summed over the layers that make it; `taylor` has those of the weights' channels."""
     total = torch.zeros(group.units, dtype=torch.float64)
     found = False
     for member in group.of("same") if by == "bn" else group.of("out", "same"):
@@ -31,9 +31,11 @@ def unit_scores(model: nn.Module, group: ChannelGroup, by: str) -> Tensor:
         if norm != (by == "bn") or isinstance(layer, nn.PReLU):
             continue
         holder = layer.pointwise if isinstance(layer, ShiftConv2d) else layer
-        if getattr(holder, "weight", None) is not None:
+        weight = getattr(holder, "weight", None)
+        if weight is not None:
             found = True
-            total.index_add_(0, member.units, _of_channels(holder.weight, by)[member.index])  # type: ignore[arg-type]  # a tensor
+            scores = taylor[weight] if by == "taylor" else _of_channels(weight, by)
+            total.index_add_(0, member.units, scores[member.index])
     if not found:
         raise ConfigError(
             f"`by` (={by!r}) finds nothing to go by in the channels of {group.name}: no batch norm scales them; choose "
@@ -44,22 +46,28 @@ def unit_scores(model: nn.Module, group: ChannelGroup, by: str) -> Tensor:
 
 def _of_channels(weight: Tensor, by: str) -> Tensor:
     rows = weight.detach().flatten(1) if weight.dim() > 1 else weight.detach().unsqueeze(1)
-    if by == "taylor":
-        assert weight.grad is not None
-        shares: Tensor = (rows * weight.grad.flatten(1)).sum(1).square().cpu().double()
-        return shares
     if by == "fpgm":
         return torch.cdist(rows.cpu().double(), rows.cpu().double()).sum(1)
     norms: Tensor = rows.norm(p=2 if by == "l2" else 1, dim=1)
     return norms.cpu().double()
 
 
-def take_gradients(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Leave in every parameter the gradient of the cross entropy over these batches."""
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(True).zero_grad()
-    with torch.enable_grad():
-        for x, y in batches:
-            F.cross_entropy(model(x), y, reduction="sum").backward()  # type: ignore[no-untyped-call]  # in torch
-    for parameter, before in wanted.items():
-        parameter.requires_grad_(before)
+def taylor_scores(model: nn.Module, batches: Iterable[Batch]) -> dict[Tensor, Tensor]:
+    """For each weight of a layer, by output: (weight times gradient, summed over the output's weights)^2.
+
+    Of the cross entropy; added up over the batches.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    trained = [weight.requires_grad for weight in weights]
+    scores: dict[Tensor, Tensor] = {weight: torch.zeros(len(weight), dtype=torch.float64) for weight in weights}
+    for weight in weights:
+        weight.requires_grad_(True)
+    for x, y in batches:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(F.cross_entropy(model(x), y), weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:
+                scores[weight] += (weight.detach() * gradient).flatten(1).sum(1).square().cpu().double()
+    for weight, before in zip(weights, trained, strict=True):
+        weight.requires_grad_(before)
+    return scores

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from compress.channels.branches import Branches
 from compress.channels.groups import ChannelGroup
-from compress.errors import ConfigError
+from compress.errors import ConfigError, DataError
 from compress.lower.plain import bake
 from compress.nn.displace import Shift2d
 from compress.nn.masked import MaskedWeight, mask_of, put_mask
@@ -66,9 +66,13 @@ def why_not_without(
     example: Tensor,
     branches: Branches | None = None,
 ) -> str:
-    """Take channels out that nothing reads; gives back why the network is not the same without, "" where it is."""
+    """Take channels out that nothing reads; gives back why the network is not the same without, "" where it is.
+
+    Raises:
+        DataError: the network's answers are NaN or infinite.
+    """
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        before = model(example)
+        before = finite_answers(model, example)
         remove(model, groups, removed, branches)
         try:
             apart = float((model(example) - before).abs().max())
@@ -77,12 +81,20 @@ def why_not_without(
                 f"without the channels that were removed the network does not run ({error}): its forward pass counts "
                 "on a fixed width"
             )
-    if apart <= CLOSE * max(1.0, float(before.abs().max())):
+    if apart <= CLOSE * float(before.abs().max()):
         return ""
     return (
         f"cutting the channels out changed the answers by {apart:.3g}: some of them are read in a way that the "
         "dependency graph does not see"
     )
+
+
+def finite_answers(model: nn.Module, images: Tensor) -> Tensor:
+    """What the network answers; raises `DataError` for NaN or infinity, by which nothing can be judged."""
+    answers: Tensor = model(images)
+    if not bool(answers.isfinite().all()):
+        raise DataError("the network answers with NaN or infinity; its weights or the images are broken.")
+    return answers
 
 
 def _leaving(groups: Iterable[ChannelGroup], removed: Removed) -> dict[tuple[str, str], Tensor]:
@@ -199,7 +211,7 @@ def require_ended(model: nn.Module) -> None:
             raise ConfigError(
                 f"the schedule of `Prune` in {name} has made {int(masked.step)} of its {masked.steps} steps, and would "
                 "end where channels are taken out; put a `FineTune` before that, at least as long as the schedule's "
-                "`epochs` and with `keep: last`."
+                "`epochs`."
             )
 
 

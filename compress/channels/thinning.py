@@ -77,6 +77,12 @@ class Thinning:
     def _solvable(self, reader: Reader) -> bool:
         return self.refit and reader.features <= MOST_FEATURES
 
+    @property
+    def too_wide(self) -> dict[str, str]:
+        """The readers that are not solved anew, and why."""
+        wide = {name: reader.features for name, reader in self.readers.items() if reader.features > MOST_FEATURES}
+        return {name: f"{features} weights for each output are too many" for name, features in wide.items()}
+
     def equations(self, step: Callable[[str], None]) -> dict[str, Normal | Tensor]:
         """For each reader what it sees and gives in the network as it is; of very wide ones the inputs' energy."""
         walk = OnDemand(self.model, self.images)

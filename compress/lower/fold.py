@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from compress.nn.places import trace
 from compress.stage import Keep
-from compress.surgery import layers, output_layers, replace
+from compress.surgery import kind, layers, output_layers, replace
 
 
 def fold_batch_norm(model: nn.Module) -> list[tuple[str, str]]:
@@ -64,19 +64,38 @@ def _source(node: fx.Node, model: nn.Module, calls: Counter[int]) -> str:
     if calls[id(model.get_submodule(str(node.target)))] > 1:
         raise Keep("called several times, behind different tensors")
     source = node.all_input_nodes[0]
-    layer = model.get_submodule(str(source.target)) if source.op == "call_module" else None
+    name = _made_by(source, model)
+    layer = model.get_submodule(name) if name else None
     if layer is None or not _convolutions(layer):
         raise Keep(f"it reads {shown(source)}, which is no convolution")
-    if calls[id(layer)] > 1:
-        raise Keep(f"{shown(source)} in front of it is called several times")
+    told = shown(source) if source.op == "call_module" else name
+    if any(calls[id(part)] > 1 for part in layer.modules()):
+        raise Keep(f"{told} in front of it is called several times")
     if len(source.users) != 1:
         others = ", ".join(shown(reader) for reader in source.users if reader is not node)
-        raise Keep(f"{others} reads {shown(source)} in front of it too")
-    return str(source.target)
+        raise Keep(f"{others} reads {told} in front of it too")
+    return name
 
 
-def _convolutions(layer: nn.Module) -> tuple[nn.Conv2d, ...]:
-    return tuple(output for output in output_layers(layer) if isinstance(output, nn.Conv2d))
+def _made_by(source: fx.Node, model: nn.Module) -> str:
+    """The name of the layer that a norm reads: the one called, or the one of ours that is traced in its parts."""
+    if source.op == "call_module":
+        return str(source.target)
+    within = "" if source.op == "placeholder" else str(source.meta["place"]).partition(":")[0]
+    return within if within and _has_places(model.get_submodule(within)) else ""
+
+
+def _has_places(layer: nn.Module) -> bool:
+    return kind(layer).__module__.startswith("compress.nn.") and hasattr(layer, "output_places")
+
+
+def _convolutions(layer: nn.Module) -> list[tuple[nn.Conv2d, Tensor]]:
+    """The convolutions whose outputs are this layer's, and which of its channels each one's are."""
+    if _has_places(layer):
+        return list(layer.output_places())  # type: ignore[operator]  # a method, by the layers' contract
+    outputs = [output for output in output_layers(layer) if isinstance(output, nn.Conv2d)]
+    sizes = [output.out_channels for output in outputs]
+    return list(zip(outputs, torch.split(torch.arange(sum(sizes)), sizes), strict=True))
 
 
 @torch.no_grad()
@@ -91,22 +110,18 @@ def _fold(source: str, model: nn.Module, norm: nn.Module) -> None:
     shift = -norm.running_mean * factor
     if norm.bias is not None:
         shift = shift + norm.bias
-    start = 0
-    scales = []
-    for convolution in convolutions:
-        scales.append(slice(start, start + convolution.out_channels))
-        start += convolution.out_channels
-    if start != norm.num_features:
-        raise Keep(f"{source} in front of it gives {start} channels, it normalises {norm.num_features}")
-    before = [convolution.weight.clone() for convolution in convolutions]
-    for convolution, weight, part in zip(convolutions, before, scales, strict=True):
-        if not _set_weight(convolution, weight * factor[part].view(-1, 1, 1, 1)):
-            for changed, old in zip(convolutions, before, strict=True):
+    given = sum(len(places) for _, places in convolutions)
+    if given != norm.num_features:
+        raise Keep(f"{source} in front of it gives {given} channels, it normalises {norm.num_features}")
+    before = [convolution.weight.clone() for convolution, _ in convolutions]
+    for (convolution, places), weight in zip(convolutions, before, strict=True):
+        if not _set_weight(convolution, weight * factor[places].view(-1, 1, 1, 1)):
+            for (changed, _), old in zip(convolutions, before, strict=True):
                 _set_weight(changed, old)
             raise Keep(f"the parametrized weights of {source} in front of it cannot take up its scale")
-    for convolution, part in zip(convolutions, scales, strict=True):
-        old = torch.zeros_like(shift[part]) if convolution.bias is None else convolution.bias
-        convolution.bias = nn.Parameter(old * factor[part] + shift[part])
+    for convolution, places in convolutions:
+        old = torch.zeros_like(shift[places]) if convolution.bias is None else convolution.bias
+        convolution.bias = nn.Parameter(old * factor[places] + shift[places])
 
 
 def _set_weight(convolution: nn.Conv2d, weight: Tensor) -> bool:

@@ -121,8 +121,9 @@ def worth_trying(
 def question(forms: Mapping[str, nn.Module], shape: tuple[int, ...], target: str, about: str = "") -> str:
     """Everything that decides which form is faster, as text; weights do not. `about`: what the layers do not show."""
     from compress import machine
-    from compress.measure import RUNTIMES
+    from compress.measure import RUNTIMES, require_runtime
 
+    require_runtime(target)
     hardware = machine.hardware()
     asked: dict[str, Any] = {"target": target, "version": version(RUNTIMES[target][0]), "shape": shape}
     asked["hardware"] = {name: hardware[name] for name in ("processor", "features", "cores", "gpu", "system")}

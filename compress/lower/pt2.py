@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from compress.errors import UserError
 from compress.files import write
 from compress.lower.parity import parity
 from compress.lower.plain import integer_weights, lower, matching_scales
@@ -49,14 +50,25 @@ def export_pt2(
 
 
 def exported(plain: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """The model as a graph of core operators whose batch is free. `example` must hold at least two images."""
+    """The model as a graph of core operators whose batch is free. `example` must hold at least two images.
+
+    Raises:
+        UserError: torch cannot follow its forward pass.
+    """
     if len(example) < 2:
         raise ValueError(f"`example` has {len(example)} image; give at least 2, or the batch size becomes fixed.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree code, on every export
         batch = torch.export.Dim("batch", min=1)
         images = example[:2].detach().cpu().clone()  # the file keeps them, and the storage behind a slice with them
-        program = torch.export.export(plain, (images,), dynamic_shapes=({0: batch},))
+        try:
+            program = torch.export.export(plain, (images,), dynamic_shapes=({0: batch},))
+        except Exception as error:  # the forward pass is foreign code, and torch has a dozen ways to say no
+            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
+            raise UserError(
+                f"no file can be made of this network, torch.export stops with {why}. Its forward pass must not decide "
+                "by what the images show; `export: []` with `measure: none` does without files."
+            ) from error
     if any(isinstance(module, Zero) for module in plain.modules()):
         _leave_out_zeros(program.graph_module)
     return program

@@ -142,13 +142,16 @@ class _Search:
         return False
 
     def _behind_clip(self, node: fx.Node) -> fx.Node:
-        """The ReLU that alone reads this tensor, else the tensor itself."""
+        """The ReLU that alone reads this tensor, moved or not, else the tensor itself.
+
+        A layer's kernel clips only where nothing stands between; what else computes in float up to the ReLU.
+        """
         following = node
         while len(following.users) == 1:
             following = next(iter(following.users))
             if clips(following, self.model):
                 return following
-            if not self._is(following, (), {nn.Identity}):
+            if not (self._is(following, (), {nn.Identity}) or (self._moves(following) and not self._layer(node))):
                 break
         return node
 

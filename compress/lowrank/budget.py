@@ -21,11 +21,12 @@ SHARES = [share / 20 for share in range(1, 20)]  # of a layer's own cost: what a
 
 @dataclass(frozen=True)
 class RankCosts:
-    """What ranks (r, s) of each layer cost, at [r - 1, s - 1], which of them it `may` have, and what it costs itself.
+    """What all choices of ranks of each layer cost, which of them it `may` have, and what it costs itself.
 
-    `total` is what the whole network costs.
+    `shapes` say what the choices are, and `total` is what the whole network costs.
     """
 
+    shapes: Mapping[str, Shape]
     cost: Mapping[str, Tensor]
     may: Mapping[str, Tensor]
     own: Mapping[str, int]
@@ -52,7 +53,7 @@ class RankCosts:
             cost[name] = costs(shape, (before, behind))
             own[name] = behind * shape.weights
             may[name] = allowed(shape, multiple) & (cost[name] < own[name])
-        return cls(cost, may, own, counted(model, example)[unit])
+        return cls(shapes, cost, may, own, counted(model, example)[unit])
 
     @property
     def least(self) -> int:
@@ -84,12 +85,13 @@ class RankCosts:
         choices: dict[str, list[Choice]] = {}
         for name, own in self.own.items():
             limits = [self._lowest(name), *(part * own for part in SHARES)]
-            several = {best(-harm[name], self.cost[name], self.may[name], limit) for limit in limits} - {None}
+            tables = self.shapes[name], -harm[name], self.cost[name], self.may[name]
+            several = {best(*tables, limit) for limit in limits}
             ranks[name] = [None, *sorted(each for each in several if each is not None)]
             choices[name] = [Choice(own, 0.0)]
             for each in ranks[name][1:]:
                 assert each is not None
-                place = each[0] - 1, each[1] - 1
+                place = self.shapes[name].place(each)
                 choices[name].append(Choice(int(self.cost[name][place]), float(harm[name][place])))
         taken = share_out(choices, max(int(share * self.total), self.least) - self._others)
         return {name: ranks[name][i] for name, i in taken.items()}

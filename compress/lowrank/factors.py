@@ -18,6 +18,7 @@ from compress.reconstruct import Normal
 
 ENOUGH = 1e-3  # a round that lowers the squared error by a smaller share is the last
 STEPS = 8  # of conjugate gradients for U in each round
+MOST_FEATURES = 6000  # channels x positions: above, the equations take gigabytes and the weights alone have to do
 Ranks = tuple[int, int]
 
 
@@ -43,6 +44,25 @@ class Shape:
     @property
     def most(self) -> Ranks:
         return self.channels, self.outputs
+
+    @property
+    def choices(self) -> tuple[Tensor, Tensor]:
+        """The ranks that there are to choose from on each side: a single one where it is not free."""
+        first, last = (
+            torch.arange(1, most + 1) if free else torch.tensor([most])
+            for most, free in zip(self.most, self.free, strict=True)
+        )
+        return first, last
+
+    def place(self, ranks: Ranks) -> tuple[int, int]:
+        """Where ranks stand in a table of all `choices`."""
+        first, last = (rank - 1 if free else 0 for rank, free in zip(ranks, self.free, strict=True))
+        return first, last
+
+    @property
+    def features(self) -> int:
+        """Weights for each output."""
+        return self.channels * self.positions
 
     @property
     def weights(self) -> int:

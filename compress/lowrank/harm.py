@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from compress.lowrank.factors import Shape
+from compress.lowrank.factors import MOST_FEATURES, Shape
 from compress.lowrank.ranks import Basis
-from compress.reconstruct import windows
+from compress.reconstruct import require_finite
 from compress.substitute import as_convolution, as_map
+from compress.windows import windows
 
 DIRECTIONS = 2  # of the logits, for each image
 AT_ONCE = 16  # images
@@ -26,7 +27,7 @@ WEIGHED = 2  # so many times `AT_ONCE` images say how much each channel carries
 def harms(
     model: nn.Module, layers: Mapping[str, nn.Module], method: str, images: Sequence[Tensor], seed: int
 ) -> dict[str, Tensor]:
-    """For each layer and all its ranks (r, s), at [r - 1, s - 1]: the mean squared distance that the logits move.
+    """For each layer and all choices of its ranks (r, s): the mean squared distance that the logits move.
 
     The logits' common part, which changes no answer, does not count. All other layers are as they are; the ranks come
     from truncating one decomposition of the kernel, weighted by the channels' covariance. The model is left as it was.
@@ -37,7 +38,7 @@ def harms(
     small = [part for batch in images for part in torch.split(batch, AT_ONCE)]
     with _recorded(model, layers) as calls:
         bases = _bases(model, found, shapes, small[:WEIGHED], calls)
-        totals = {name: torch.zeros(shape.most, dtype=torch.float64) for name, shape in shapes.items()}
+        totals = {name: torch.zeros((), dtype=torch.float64) for name in shapes}
         for batch in small:
             logits = _forward(model, batch, calls)
             outputs = [output for name in found for _, output in calls[name]]
@@ -45,10 +46,16 @@ def harms(
             for _ in range(DIRECTIONS):
                 toward = torch.randn(logits.shape, generator=generator).to(logits)
                 toward = toward - toward.mean(1, keepdim=True)
-                slopes.append(torch.autograd.grad(logits, outputs, toward, retain_graph=True))
+                found_slopes = torch.autograd.grad(logits, outputs, toward, retain_graph=True, allow_unused=True)
+                slopes.append(
+                    tuple(torch.zeros_like(y) if g is None else g for y, g in zip(outputs, found_slopes, strict=True))
+                )
             gradients = (torch.stack(each) for each in zip(*slopes, strict=True))
             for name, layer in found.items():
-                totals[name] += _moved(layer, layer is layers[name], shapes[name], bases[name], calls[name], gradients)
+                total = _moved(layer, layer is layers[name], shapes[name], bases[name], calls[name], gradients)
+                totals[name] = totals[name] + total
+    for name, total in totals.items():
+        require_finite(name, total)
     count = DIRECTIONS * sum(len(batch) for batch in small)
     return {name: total / count for name, total in totals.items()}
 
@@ -111,7 +118,7 @@ def _forward(model: nn.Module, batch: Tensor, calls: Calls) -> Tensor:
 def _bases(
     model: nn.Module, found: Mapping[str, nn.Conv2d], shapes: Mapping[str, Shape], small: Sequence[Tensor], calls: Calls
 ) -> dict[str, list[Basis]]:
-    """Each group's kernel in the coordinates to truncate in."""
+    """Each group's kernel in the coordinates to truncate in: of very wide layers, as their weights alone have them."""
     covariances: dict[str, Tensor] = {}
     for batch in small:
         with torch.no_grad():
@@ -119,16 +126,20 @@ def _bases(
                 record.clear()
             model(batch)
         for name in found:
-            for x, _ in calls[name]:
+            for x, _ in calls[name] if shapes[name].channels <= MOST_FEATURES else ():
                 channels = _grouped(x, shapes[name].groups).transpose(1, 2).flatten(2)
                 more = (channels @ channels.mT).cpu().double()
                 covariances[name] = covariances[name] + more if name in covariances else more
     bases = {}
     for name, layer in found.items():
-        shape = shapes[name]
+        shape, kernel = shapes[name], shapes[name].kernel(layer)
+        if name not in covariances:
+            bases[name] = [Basis.of(each, shape) for each in kernel]
+            continue
+        require_finite(name, covariances[name])
         rows = shape.channels * shape.groups // layer.in_channels  # of the kernel that count as channels
         full = [torch.kron(each, torch.eye(rows, dtype=each.dtype)) for each in covariances[name]]
-        bases[name] = [Basis.of(kernel, each) for kernel, each in zip(shape.kernel(layer), full, strict=True)]
+        bases[name] = [Basis.of(each, shape, covariance) for each, covariance in zip(kernel, full, strict=True)]
     return bases
 
 
@@ -140,29 +151,59 @@ def _moved(
     calls: Sequence[tuple[Tensor, Tensor]],
     gradients: Iterator[Tensor],
 ) -> Tensor:
-    """How far the logits move, squared and summed over the images: (channels, outputs), for all ranks."""
+    """How far the logits move, squared and summed over the images, by the choices of ranks."""
     pairs = [(x, next(gradients)) for x, _ in calls]  # (N, ...) and (D, N, ...)
-    step = max(1, MOST_SLOPES // (DIRECTIONS * shape.weights))
-    moved = torch.zeros(shape.most, dtype=torch.float64)
+    step = max(1, MOST_SLOPES // (DIRECTIONS * shape.weights)) if shape.free[0] else AT_ONCE
+    moved = torch.zeros(*map(len, shape.choices), dtype=torch.float64)
     for start in range(0, len(pairs[0][0]), step):
         part = slice(start, start + step)
-        slopes: Tensor | None = None  # of the directions in the kernel: (G, N, channels * P, D * outputs)
+        seen = []
         for x, gradient in pairs:
             wanted = [each if convolution else as_map(each) for each in gradient[:, part]]
             columns = torch.cat([_grouped(each, shape.groups).flatten(3) for each in wanted], 2)
-            more = _grouped(windows(layer, x[part]), shape.groups) @ columns.mT
-            slopes = more if slopes is None else slopes + more
-        assert slopes is not None
-        slopes = slopes.view(*slopes.shape[:2], shape.channels, shape.positions, DIRECTIONS, shape.outputs)
-        left: Tensor | None = None
-        for slope, basis in zip(slopes, bases, strict=True):
-            own = torch.einsum("ncpdt,cr,ts->ndrps", slope, basis.first.to(slope), basis.last.to(slope))
-            each = (own * basis.core.to(slope)).sum(3)
-            lost = each.sum((2, 3), keepdim=True) - each.cumsum(2).cumsum(3)
-            left = lost if left is None else left + lost
-        assert left is not None
-        moved += left.square().sum((0, 1)).cpu().double()
+            seen.append((_grouped(windows(layer, x[part]), shape.groups), columns))
+        each = (_by_slopes if shape.free[0] else _by_outputs)(shape, bases, seen)
+        lost = each.sum((2, 3), keepdim=True) - each.cumsum(2).cumsum(3)
+        moved += lost.square().sum((0, 1)).cpu().double()
     return moved
+
+
+Seen = Sequence[tuple[Tensor, Tensor]]  # (G, N, channels * P, L) and (G, N, D * outputs, L), for each call
+
+
+def _by_slopes(shape: Shape, bases: Sequence[Basis], seen: Seen) -> Tensor:
+    """What each coefficient moves the logits by, (N, D, choices of r, choices of s), summed over the groups."""
+    slopes = _total([x @ columns.mT for x, columns in seen])  # of the directions in the kernel
+    slopes = slopes.view(*slopes.shape[:2], shape.channels, shape.positions, DIRECTIONS, shape.outputs)
+    parts = []
+    for slope, basis in zip(slopes, bases, strict=True):
+        assert basis.first is not None
+        if basis.last is None:
+            own = torch.einsum("ncpdt,cr->ndrpt", slope, basis.first.to(slope))
+            parts.append((own * basis.core.to(slope)).sum((3, 4)).unsqueeze(-1))
+        else:
+            own = torch.einsum("ncpdt,cr,ts->ndrps", slope, basis.first.to(slope), basis.last.to(slope))
+            parts.append((own * basis.core.to(slope)).sum(3))
+    return _total(parts)
+
+
+def _by_outputs(shape: Shape, bases: Sequence[Basis], seen: Seen) -> Tensor:
+    """The same where all channels stay: what each direction of the outputs gets, times what it moves."""
+    parts = []
+    for x, columns in seen:
+        for basis, inputs, gradient in zip(bases, x, columns, strict=True):
+            assert basis.last is not None
+            given = basis.core.flatten(0, 1).to(inputs).mT @ inputs  # (N, s, L)
+            moves = basis.last.to(inputs).mT @ gradient.unflatten(1, (DIRECTIONS, shape.outputs))  # (N, D, s, L)
+            parts.append((moves * given.unsqueeze(1)).sum(-1).unsqueeze(2))
+    return _total(parts)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

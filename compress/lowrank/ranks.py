@@ -14,27 +14,47 @@ from compress.lowrank.factors import Problem, Ranks, Shape, root
 
 @dataclass(frozen=True)
 class Basis:
-    """A kernel in its own coordinates: kernel = `first` core `last`', the directions that matter most in front."""
+    """A kernel in its own coordinates: kernel = `first` core `last`', the directions that matter most in front.
 
-    first: Tensor
+    A side whose rank is not free keeps the coordinates that it has: None. `kept` is the energy that ranks keep, by the
+    shape's choices of them.
+    """
+
+    first: Tensor | None
     core: Tensor
-    last: Tensor
+    last: Tensor | None
+    kept: Tensor
 
     @classmethod
-    def of(cls, kernel: Tensor, covariance: Tensor | None = None) -> Basis:
+    def of(cls, kernel: Tensor, shape: Shape, covariance: Tensor | None = None) -> Basis:
         """Of a kernel (channels, positions, outputs), its channels weighted by what they carry, if given."""
+        if not shape.free[0]:
+            return cls._of_outputs(kernel, covariance)
         back = None
         if covariance is not None:
             weighted, back = root(covariance)
             kernel = torch.tensordot(weighted, kernel, 1)
-        first, last = (_directions(kernel.movedim(axis, 0).flatten(1)) for axis in (0, 2))
-        core = torch.einsum("cr,cpt,ts->rps", first, kernel, last)
-        return cls(first if back is None else back @ first, core, last)
+        first, core, last = _directions(_unfolded(kernel, 0)), kernel, None
+        if shape.free[1]:
+            last = _directions(_unfolded(kernel, 2))
+            core = torch.einsum("cr,cpt,ts->rps", first, kernel, last)
+        else:
+            core = torch.einsum("cr,cpt->rpt", first, kernel)
+        each = core.square().sum(1)
+        kept = each.cumsum(0).cumsum(1) if shape.free[1] else each.sum(1, keepdim=True).cumsum(0)
+        return cls(first if back is None else back @ first, core, last, kept)
 
-    def kept(self) -> Tensor:
-        """The energy that ranks (r, s) keep, at [r - 1, s - 1]."""
-        table: Tensor = self.core.square().sum(1).cumsum(0).cumsum(1)
-        return table
+    @classmethod
+    def _of_outputs(cls, kernel: Tensor, covariance: Tensor | None) -> Basis:
+        """By the outputs alone, which are fewer than the channels of a wide layer."""
+        seen = kernel if covariance is None else torch.tensordot(covariance, kernel, 1)
+        energies, vectors = torch.linalg.eigh(torch.einsum("cpt,cpu->tu", kernel, seen))
+        last = vectors.flip(1)
+        return cls(None, kernel @ last, last, energies.flip(0).cumsum(0).unsqueeze(0))
+
+
+def _unfolded(kernel: Tensor, axis: int) -> Tensor:
+    return kernel.movedim(axis, 0).flatten(1)
 
 
 def _directions(unfolded: Tensor) -> Tensor:
@@ -43,45 +63,44 @@ def _directions(unfolded: Tensor) -> Tensor:
 
 
 def kept(problems: Sequence[Problem]) -> Tensor:
-    """The energy that ranks keep of the best kernels for the data, over all groups: (channels, outputs)."""
+    """The energy that ranks keep of the best kernels for the data, over all groups, by the choices of ranks."""
     tables = []
     for problem in problems:
         covariance = problem.tensor.diagonal(dim1=1, dim2=3).sum(-1) / problem.shape.positions
-        tables.append(Basis.of(problem.dense(), covariance).kept())
+        tables.append(Basis.of(problem.dense(), problem.shape, covariance).kept)
     total: Tensor = torch.stack(tables).sum(0)
     return total
 
 
 def allowed(shape: Shape, multiple: int) -> Tensor:
-    """Which ranks (r, s), at [r - 1, s - 1], a layer of fewer weights can have: multiples, or all its channels."""
-    firsts, lasts = (
-        (torch.arange(1, most + 1) % multiple == 0) & free | (torch.arange(1, most + 1) == most)
-        for most, free in zip(shape.most, shape.free, strict=True)
-    )
-    first, last = torch.arange(1, shape.channels + 1).unsqueeze(1), torch.arange(1, shape.outputs + 1)
-    fits = (first == shape.channels) | (first <= shape.positions * last)
-    fits = fits & ((last == shape.outputs) | (last <= shape.positions * first))
-    return firsts.unsqueeze(1) & lasts & fits & (costs(shape) < shape.weights)
+    """Which choices of ranks a layer of fewer weights can have: multiples, or all its channels."""
+    first, last = shape.choices
+    first = first.unsqueeze(1)
+    whole = first == shape.channels, last == shape.outputs
+    fits = (whole[0] | (first <= shape.positions * last)) & (whole[1] | (last <= shape.positions * first))
+    even = ((first % multiple == 0) | whole[0]) & ((last % multiple == 0) | whole[1])
+    return even & fits & (costs(shape) < shape.weights)
 
 
 def costs(shape: Shape, used: tuple[int, int] = (1, 1)) -> Tensor:
-    """The weights left by ranks (r, s), at [r - 1, s - 1]; those in front of the core, and the others, `used` so often.
+    """The weights left by all choices of ranks; those in front of the core, and the others, `used` so often.
 
     Used for an image, that is its multiply-adds.
     """
-    first, last = (torch.arange(1, most + 1) for most in shape.most)
+    first, last = shape.choices
     before = shape.channels * first * (first < shape.channels)
     behind = shape.positions * first.unsqueeze(1) * last + shape.outputs * last * (last < shape.outputs)
     return shape.groups * (used[0] * before.unsqueeze(1) + used[1] * behind)
 
 
-def best(score: Tensor, cost: Tensor, may: Tensor, most: float) -> Ranks | None:
+def best(shape: Shape, score: Tensor, cost: Tensor, may: Tensor, most: float) -> Ranks | None:
     """The ranks of the highest score that cost at most so much; None where there are none."""
     may = may & (cost <= most)
     if not bool(may.any()):
         return None
     place = int(score.masked_fill(~may, -torch.inf).argmax())
-    return place // score.shape[1] + 1, place % score.shape[1] + 1
+    first, last = shape.choices
+    return int(first[place // len(last)]), int(last[place % len(last)])
 
 
 def by_energy(kernels: Tensor, shape: Shape, share: float) -> Ranks:
@@ -115,7 +134,7 @@ def by_vbmf(kernels: Tensor, shape: Shape, weaken: float, min_rank: int) -> Rank
 
 def _of_both(kernels: Tensor, shape: Shape, rank: Callable[[Tensor], int]) -> Ranks:
     both = [
-        max(rank(kernel.movedim(axis, 0).flatten(1)) for kernel in kernels) if free else most
+        max(rank(_unfolded(kernel, axis)) for kernel in kernels) if free else most
         for axis, most, free in zip((0, 2), shape.most, shape.free, strict=True)
     ]
     return both[0], both[1]

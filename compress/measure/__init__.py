@@ -5,7 +5,7 @@ from __future__ import annotations
 from compress.measure.counts import Profile, counted, profile
 from compress.measure.estimate import HOROWITZ_45NM, Energy, EnergyTable, energy
 from compress.measure.intervals import accuracy, paired, wilson
-from compress.measure.timing import CHECKPOINT, RUNTIMES, Latency, available_threads, latency
+from compress.measure.timing import CHECKPOINT, RUNTIMES, Latency, available_threads, latency, require_runtime
 
 __all__ = [
     "CHECKPOINT",
@@ -22,5 +22,6 @@ __all__ = [
     "latency",
     "paired",
     "profile",
+    "require_runtime",
     "wilson",
 ]

@@ -159,6 +159,13 @@ def available_threads() -> int:
         return cores
 
 
+def require_runtime(target: str) -> None:
+    """Raise `UserError` where the runtime `target`, one of `RUNTIMES`, is not installed."""
+    package, _, remedy = RUNTIMES[target]
+    if find_spec(package) is None:
+        raise UserError(f"`target` (={target!r}) needs the package {package}, which is not installed: {remedy}.")
+
+
 def _check(paths: Mapping[str, Path], targets: Mapping[str, str], counts: Mapping[str, int]) -> None:
     if not paths:
         raise UserError("`paths` is empty; give at least one model file, by name.")
@@ -169,9 +176,8 @@ def _check(paths: Mapping[str, Path], targets: Mapping[str, str], counts: Mappin
         target = targets.get(name)
         if target not in RUNTIMES:
             raise UserError(f"`target` (={target!r}) must be one of: {', '.join(RUNTIMES)}.")
-        package, suffix, remedy = RUNTIMES[target]
-        if find_spec(package) is None:
-            raise UserError(f"`target` (={target!r}) needs the package {package}, which is not installed: {remedy}.")
+        require_runtime(target)
+        suffix = RUNTIMES[target][1]
         suffixes = (suffix, CHECKPOINT) if target in ("torch", "cuda") else (suffix,)
         if Path(path).suffix not in suffixes:
             raise UserError(f"`paths[{name!r}]` (={path}) must be a {suffix} file for `target` {target!r}.")

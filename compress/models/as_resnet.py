@@ -50,9 +50,11 @@ class ASResNet(nn.Module):
         self, groups: Sequence[tuple[int, int, int]], stem_stride: int, expansion: int, classes: int, channels: int
     ) -> None:
         super().__init__()
-        width = groups[0][0]
-        if width < 1 or expansion < 1:
-            raise ConfigError(f"`width` (={width}) and `expansion` (={expansion}) must be at least 1.")
+        width, blocks, _ = groups[0]
+        if min(width, expansion, blocks) < 1:
+            raise ConfigError(
+                f"`width` (={width}), `expansion` (={expansion}) and `blocks` (={blocks}) must be at least 1."
+            )
         self.conv0 = nn.Conv2d(channels, width, 3, stem_stride, 1, bias=False)
         layers = []
         for wide, blocks, stride in groups:

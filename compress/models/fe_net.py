@@ -6,6 +6,8 @@ CVPR 2019, section 4. Layers are those of the authors' code.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,6 +72,8 @@ class FENet(nn.Module):
             raise ConfigError(f"`width` (={width}) must be at least 1/4, and `head` (={head}) at least 1.")
         if hidden not in HIDDEN:
             raise ConfigError(f"`hidden` (={hidden!r}) must be one of {', '.join(HIDDEN)}.")
+        if not (math.isfinite(l1) and l1 >= 0):
+            raise ConfigError(f"`l1` (={l1}) must be a finite number, 0 or more.")
         self.conv1 = nn.Conv2d(channels, stem, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         halving = 5 * stem * (2 if hidden == "output" else 1)
@@ -109,6 +113,7 @@ def fe_net(
     network that the authors trained: 410.5 M MACs and 3.92 M weights with the head of 1,380 channels (73.6 % top-1),
     417.9 M and 4.61 M with one of 1,932; 773.2 M and 6.73 M at width 1.375. The published 301 M and 3.7 M, 563 M and
     5.9 M are near those of "input": 299.7 M and 3.52 M (head 1,380), 563.7 M and 5.99 M (width 1.375, head 1,932).
-    Beside the weights there are two numbers for each displaced channel. `l1` pulls the displacements towards zero.
+    Beside the weights there are two numbers for each displaced channel. `l1` pulls the displacements towards zero; they
+    stay inside the 3x3 window that they start in, which the authors' code does not ask of them.
     """
     return FENet(classes, channels, width, hidden, head, l1)

@@ -25,8 +25,11 @@ SHIFTS: dict[str, dict[str, Any]] = {
 L1 = 5e-4  # of sparse displacements
 
 
-class Block(nn.Module):
-    """1x1, shift, 1x1 (with the stride), and a shortcut; (N, in, H, W) -> (N, out, H / stride, W / stride)."""
+class CSC(nn.Module):
+    """Convolution, shift, convolution, the paper's CSC module: 1x1, shift, 1x1 (with the stride), and a shortcut.
+
+    (N, in, H, W) -> (N, out, H / stride, W / stride).
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, expansion: float, shift: dict[str, Any]
@@ -55,8 +58,8 @@ class ShiftResNet(nn.Module):
 
     `shift` says where the displacements come from: "grouped" (fixed, the paper's), "random" (fixed, up to three
     pixels: the baseline that learning has to beat), "active" (Jeon & Kim: learned, bilinear) or "sparse" (Chen et al.:
-    learned, rounded, pulled towards zero by `l1`, their L1 norm's weight in the loss). Fixed displacements are no
-    parameters; learned ones are.
+    learned, rounded, pulled towards zero by `l1`, their L1 norm's weight in the loss; here they stay inside the 3x3
+    window that they start in). Fixed displacements are no parameters; learned ones are.
     """
 
     def __init__(self, depth: int, classes: int, channels: int, expansion: float, shift: str, l1: float) -> None:
@@ -75,7 +78,7 @@ class ShiftResNet(nn.Module):
         blocks, width = [], 16
         for wide, first in ((16, 1), (32, 2), (64, 2)):
             for stride in (first, *[1] * ((depth - 2) // 6 - 1)):
-                blocks.append(Block(width, wide, stride, expansion, moved))
+                blocks.append(CSC(width, wide, stride, expansion, moved))
                 width = wide
         self.blocks = nn.Sequential(*blocks)
         self.linear = nn.Linear(width, classes)

@@ -18,10 +18,11 @@ GROUPS = ((64, 5, 4, 4), (128, 5, 4, 3), (256, 3, 3, 2), (512, 3, 2, 1))
 BLOCKS = (5, 6, 7, 3)
 
 
-class Block(nn.Module):
-    """BN-ReLU-1x1, shift, BN-ReLU-1x1, and a shortcut; (N, in, H, W) -> (N, out, H / stride, W / stride).
+class CSC(nn.Module):
+    """The paper's CSC module: BN-ReLU-1x1, shift, BN-ReLU-1x1, and a shortcut.
 
-    With stride 2 the shortcut is a 3x3 average pool, whose channels stand behind those of the convolutions.
+    (N, in, H, W) -> (N, out, H / stride, W / stride). With stride 2 the shortcut is a 3x3 average pool, whose channels
+    stand behind those of the convolutions.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, window: int) -> None:
@@ -50,9 +51,9 @@ class ShiftNet(nn.Module):
         self.conv = nn.Conv2d(channels, width, 7, 2, 3, bias=False)
         layers = []
         for (wide, window, first, rest), count in zip(GROUPS, blocks, strict=True):
-            layers.append(Block(width, wide // share, 2, first, window))
+            layers.append(CSC(width, wide // share, 2, first, window))
             width = wide // share
-            layers += [Block(width, width, 1, rest, window) for _ in range(count - 1)]
+            layers += [CSC(width, width, 1, rest, window) for _ in range(count - 1)]
         self.blocks = nn.Sequential(*layers)
         self.bn = nn.BatchNorm2d(width)
         self.linear = nn.Linear(width, classes)

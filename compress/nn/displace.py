@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress.nn.displacement import bilinear_kernel, displace
 from compress.nn.plain_shift import displacement_forms
 from compress.nn.shift import LARGEST_KERNEL, LEARNING_RATE_SCALE
-from compress.nn.taps import round_half_away
+from compress.nn.taps import pull, round_half_away
 
 STARTS = ("grouped", "random", "uniform")
 BILINEAR_MACS = 4  # for each output element: its four neighbours, each times a weight
@@ -54,6 +54,7 @@ class Shift2d(nn.Module):
         l1: float = 0.0,
         normalize: bool = True,
         lr_scale: float = LEARNING_RATE_SCALE,
+        lattice_decay: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("stride", stride), ("dilation", dilation)):
@@ -69,7 +70,7 @@ class Shift2d(nn.Module):
             raise ValueError(f"`start` (={start!r}) must be one of {', '.join(STARTS)}.")
         self.channels, self.kernel_size, self.stride, self.dilation = channels, kernel_size, stride, dilation
         self.start, self.learn, self.quantize, self.l1 = start, learn, quantize, l1
-        self.normalize, self.lr_scale = normalize, lr_scale
+        self.normalize, self.lr_scale, self.lattice_decay = normalize, lr_scale, lattice_decay
         if learn:
             self.displacement = nn.Parameter(self._first())
         else:
@@ -100,12 +101,15 @@ class Shift2d(nn.Module):
         if self.training and self.learn:
             self._clamp()
         inside = self.displacement.clamp(-self.reach, self.reach)
-        return displace(x, inside, self.stride, self.quantize, self.normalize)
+        return displace(x, inside, self.stride, self.quantize, self.normalize, self.reach)
 
     @torch.no_grad()
     def _clamp(self) -> None:
-        """Keep displacements inside the window, so that one which was pushed out finds its way back."""
-        self.displacement.clamp_(-self.reach, self.reach)
+        """Keep displacements inside the window, so that one which was pushed out finds its way back.
+
+        Through `data`: autograd may hold the displacements since a call before, which changed what there was to change.
+        """
+        self.displacement.data.clamp_(-self.reach, self.reach)
 
     def settle(self) -> None:
         """Fix rounded displacements and stop learning them; the output does not change.
@@ -126,14 +130,12 @@ class Shift2d(nn.Module):
         self.learn = False
 
     def penalty(self) -> Tensor:
-        """What the layer adds to the training loss: `l1` times the L1 norm of its displacements, while they learn.
+        """What the layer adds to the training loss while its displacements learn, see `pull`.
 
         With `normalize` the gradient from the images has length 1 for each displacement, and `l1` is the pull's
         strength beside it.
         """
-        if not (self.learn and self.l1):
-            return self.displacement.new_zeros(())
-        return self.l1 * self.displacement.abs().sum()
+        return pull(self.displacement, self.l1, self.lattice_decay) if self.learn else self.displacement.new_zeros(())
 
     def parameter_rules(self) -> dict[str, dict[str, float]]:
         """How an optimizer has to treat parameters of this layer: displacements at their own pace, without decay."""
@@ -142,7 +144,7 @@ class Shift2d(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         names = ("channels", "kernel_size", "stride", "dilation", "start", "learn", "quantize", "l1")
-        return {name: getattr(self, name) for name in (*names, "normalize", "lr_scale")}
+        return {name: getattr(self, name) for name in (*names, "normalize", "lr_scale", "lattice_decay")}
 
     def macs(self, input_shape: tuple[int, ...]) -> int:
         """Multiply-adds for one image of `input_shape` (N, C, H, W): none for whole pixels, else 4 an output element.

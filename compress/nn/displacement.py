@@ -9,6 +9,7 @@ On the CPU it is a depthwise convolution; on a GPU with Triton, kernels of our o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,12 +38,18 @@ def _kernel(rows: Tensor, columns: Tensor) -> Tensor:
     return (rows.unsqueeze(-1) * columns.unsqueeze(-2)).unsqueeze(1)
 
 
+def _farthest(displacement: Tensor) -> float:
+    """The largest displacement along any axis. One that is no number moves nothing far, and its hat is NaN: so will be
+    the loss, which training looks at."""
+    return float(displacement.detach().abs().nan_to_num(0, 0, 0).max())
+
+
 def bilinear_kernel(displacement: Tensor) -> Tensor:
     """The depthwise convolution, (C, 1, k, k), that displaces each channel by its (y, x) of (C, 2).
 
     One-hot for whole pixels, bilinear between them; k is the smallest odd size that holds every displacement.
     """
-    reach = int(torch.ceil(displacement.detach().abs().max()))
+    reach = math.ceil(_farthest(displacement))
     return _kernel(_hat(displacement[:, 0], reach), _hat(displacement[:, 1], reach))
 
 
@@ -50,18 +57,20 @@ class _Displace(torch.autograd.Function):
     """x (N, C, H, W) and displacements (C, 2) as (y, x) -> (N, C, ceil(H / stride), ceil(W / stride))."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, displacement: Tensor, stride: int, quantize: bool, normalize: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, displacement: Tensor, stride: int, quantize: bool, normalize: bool, reach: float
+    ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, displacement)
-        ctx.settings = x.shape, stride, quantize, normalize
+        ctx.settings = x.shape, stride, quantize, normalize, reach
         used = round_half_away(displacement) if quantize else displacement
         if _by_kernels(x):
             return on_gpu.move(x, used.float(), stride, quantize)
         return _convolve(x, bilinear_kernel(used), stride)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         x, displacement = ctx.saved_tensors
-        shape, stride, quantize, normalize = ctx.settings
+        shape, stride, quantize, normalize, reach = ctx.settings
         by_x = by_displacement = None
         used = round_half_away(displacement) if quantize else displacement
         fast = _by_kernels(grad)
@@ -70,15 +79,17 @@ class _Displace(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             by_x = _convolve(_spread(grad, stride, shape), bilinear_kernel(used).flip(-2, -1), 1)
         if ctx.needs_input_grad[1]:
-            # Straight through the rounding: the bilinear derivative where the displacement really is.
+            # Straight through the rounding: the bilinear derivative where the displacement really is, and at the far
+            # edge just inside it: the cell to the right of it is one that no displacement can reach.
+            here = _below(displacement, reach)
             if fast:
-                by_displacement = on_gpu.slopes(x, displacement.float(), grad, stride).to(displacement.dtype)
+                by_displacement = on_gpu.slopes(x, here.float(), grad, stride).to(displacement.dtype)
             else:
-                by_displacement = _slopes(x, displacement, grad, stride)
+                by_displacement = _slopes(x, here, grad, stride)
             if normalize:
                 tiny = torch.finfo(by_displacement.dtype).tiny
                 by_displacement = by_displacement / by_displacement.norm(dim=-1, keepdim=True).clamp(min=tiny)
-        return by_x, by_displacement, None, None, None
+        return by_x, by_displacement, None, None, None, None
 
 
 def _by_kernels(x: Tensor) -> bool:
@@ -86,10 +97,16 @@ def _by_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and on_gpu.available()
 
 
+def _below(displacement: Tensor, reach: float) -> Tensor:
+    """The displacements, those at `reach` as the number just below it."""
+    edge = torch.tensor(reach, dtype=displacement.dtype)
+    return displacement.clamp(max=edge.nextafter(-edge).item())
+
+
 def _slopes(x: Tensor, displacement: Tensor, grad: Tensor, stride: int) -> Tensor:
     """The derivative of the bilinear displacement after the displacements, (C, 2)."""
     y, z = displacement.unbind(1)
-    reach = int(torch.floor(displacement.abs().max())) + 1
+    reach = math.floor(_farthest(displacement)) + 1
     kernels = _kernel(_slope(y, reach), _hat(z, reach)), _kernel(_hat(y, reach), _slope(z, reach))
     return torch.stack(
         [(_convolve(x, kernel, stride) * grad).sum((0, 2, 3), dtype=displacement.dtype) for kernel in kernels], -1
@@ -113,11 +130,17 @@ def _spread(grad: Tensor, stride: int, shape: torch.Size) -> Tensor:
 
 
 def displace(
-    x: Tensor, displacement: Tensor, stride: int = 1, quantize: bool = False, normalize: bool = False
+    x: Tensor,
+    displacement: Tensor,
+    stride: int = 1,
+    quantize: bool = False,
+    normalize: bool = False,
+    reach: float = math.inf,
 ) -> Tensor:
     """y[n, c, h, w] = x[n, c, stride * h + dy[c], stride * w + dx[c]], bilinear between pixels and zero outside.
 
     `displacement` is (C, 2) as (dy, dx) in pixels. With `quantize` it is rounded, and the gradient passes straight
-    through; with `normalize` the gradient of each channel's displacement has length 1 (Jeon & Kim, section 3.3).
+    through; with `normalize` the gradient of each channel's displacement has length 1 (Jeon & Kim, section 3.3). None
+    is beyond `reach`, and the gradient of one that is there is that of the side that it can go to.
     """
-    return _Displace.apply(x, displacement, stride, quantize, normalize)  # type: ignore[no-any-return,no-untyped-call]
+    return _Displace.apply(x, displacement, stride, quantize, normalize, reach)  # type: ignore[no-any-return,no-untyped-call]

@@ -76,6 +76,13 @@ class Fire(nn.Module):
             y = torch.cat((self.expand1(x), y), 1)
         return take_channels(y, self.order) if self.reorder else y
 
+    def output_places(self) -> tuple[tuple[nn.Conv2d, Tensor], ...]:
+        """The convolutions that give the output, and which of its channels each one's outputs are."""
+        _, expand1, expand3 = self.widths
+        places = self.order.argsort() if self.reorder else torch.arange(self.out_channels)
+        ones, threes = torch.split(places, [expand1, expand3])
+        return ((self.expand3, threes),) if self.expand1 is None else ((self.expand1, ones), (self.expand3, threes))
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         squeeze, expand1, expand3 = self.widths

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 MOVES = {
     *("getitem", "pad", "max_pool2d", "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze"),
     *("chunk", "split", "contiguous", "expand", "narrow", "select", "roll", "flip", "clone", "detach", "movedim"),
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unflatten", "unbind"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unflatten", "unbind", "index_select"),
 }
 MOVING_LAYERS = {
     *(nn.Identity, nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),

@@ -65,15 +65,18 @@ def trace(model: nn.Module) -> fx.Graph:
     if _is_leaf(model):
         raise ValueError("the model is a single layer, so there is nothing to trace inside it")
     modes = {module: module.training for module in model.modules()}
+    tracer = _Tracer()
     try:
         graphs = []
         for training in (True, False):
             for module in modes:
                 module.training = training
-            graphs.append(_without_zeros(_Tracer().trace(model), model))
+            tracer = _Tracer()
+            graphs.append(_without_zeros(tracer.trace(model), model))
     except Exception as error:  # the model's own code runs on stand-ins: anything can go wrong in it
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"the forward cannot be traced ({type(error).__name__}: {reason})") from error
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        place = f", in `{tracer.failed[1]}`" if tracer.failed[0] is error else ""
+        raise ValueError(f"the forward cannot be traced ({type(error).__name__}: {reason}{place})") from error
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -166,6 +169,7 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.path = [""]
+        self.failed: tuple[Exception | None, str] = None, ""  # an error, and the innermost module that it left
         self.seen: Counter[tuple[str, str]] = Counter()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -177,6 +181,10 @@ class _Tracer(fx.Tracer):
         self.path.append(self.path_of_module(m))
         try:
             return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            if error is not self.failed[0]:
+                self.failed = error, self.path[-1]
+            raise
         finally:
             self.path.pop()
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from compress.nn.displacement import displace
 from compress.nn.geometry import pair, spatial_config, unusual
 from compress.nn.plain_shift import around, convolution_forms
-from compress.nn.taps import round_half_away, taps, window
+from compress.nn.taps import pull, round_half_away, taps, window
 
 LARGEST_KERNEL = 255  # displacements fit a byte
 LEARNING_RATE_SCALE = 0.01  # of displacements, as in every prototxt of Jeon & Kim
@@ -39,7 +39,8 @@ class ShiftConv2d(nn.Module):
     length 1, and `lr_scale` is their learning rate as a share of the weights'; Chen et al. use False and 1.
 
     Raises:
-        ValueError: more taps than the kernel has positions, or none; a kernel wider than 255.
+        ValueError: more taps than the kernel has positions, or none; a kernel wider than 255; groups, padding or stride
+            that no convolution has.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ShiftConv2d(nn.Module):
         l1: float = 0.0,
         normalize: bool = True,
         lr_scale: float = LEARNING_RATE_SCALE,
+        lattice_decay: float = 0.0,
     ) -> None:
         super().__init__()
         self.kernel_size = pair(kernel_size)
@@ -69,12 +71,19 @@ class ShiftConv2d(nn.Module):
             )
         if not 1 <= taps <= positions:
             raise ValueError(f"`taps` (={taps}) must be between 1 and the kernel's {positions} positions.")
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if groups < 1 or channels % groups:
+                raise ValueError(f"`groups` (={groups}) must divide `{name}` (={channels}).")
+        if isinstance(padding, str) and padding not in ("same", "valid"):
+            raise ValueError(f"`padding` (={padding!r}) must be a number, a pair, same or valid.")
+        if padding == "same" and pair(stride) != (1, 1):
+            raise ValueError(f"`padding` (={padding!r}) has no stride other than 1; `stride` is {stride}.")
         self.in_channels, self.out_channels, self.taps = in_channels, out_channels, taps
         self.stride, self.dilation = pair(stride), pair(dilation)
         self.padding = padding if isinstance(padding, str) else pair(padding)
         self.groups, self.padding_mode = groups, padding_mode
         self.learn, self.quantize, self.l1 = learn, quantize, l1
-        self.normalize, self.lr_scale = normalize, lr_scale
+        self.normalize, self.lr_scale, self.lattice_decay = normalize, lr_scale, lattice_decay
         self.displacement = nn.Parameter(self._spread(positions), requires_grad=learn)
         self.pointwise = nn.Conv2d(in_channels * taps, out_channels, 1, groups=groups, bias=bias)
         self._made: tuple[Tensor, bool, Tensor] | None = None
@@ -155,9 +164,12 @@ class ShiftConv2d(nn.Module):
 
     @torch.no_grad()
     def _clamp(self) -> None:
-        """Keep displacements inside the window, so that one which was pushed out finds its way back."""
+        """Keep displacements inside the window, so that one which was pushed out finds its way back.
+
+        Through `data`: autograd may hold the displacements since a call before, which changed what there was to change.
+        """
         for axis, (low, high) in enumerate(map(window, self.kernel_size)):
-            self.displacement[..., axis].clamp_(low, high)
+            self.displacement.data[..., axis].clamp_(low, high)
 
     def settle(self) -> None:
         """Fix rounded displacements at their grid points and stop learning them; the output does not change.
@@ -205,14 +217,12 @@ class ShiftConv2d(nn.Module):
         return weight.view(self.groups, self.out_channels // self.groups, -1).any(1).view(-1, self.taps)
 
     def penalty(self) -> Tensor:
-        """What the layer adds to the training loss: `l1` times the L1 norm of its displacements, while they learn.
+        """What the layer adds to the training loss while its displacements learn, see `pull`.
 
         With `normalize` the gradient from the images has length 1 for each displacement, and `l1` is the pull's
         strength beside it.
         """
-        if not (self.learn and self.l1):
-            return self.displacement.new_zeros(())
-        return self.l1 * self.displacement.abs().sum()
+        return pull(self.displacement, self.l1, self.lattice_decay) if self.learn else self.displacement.new_zeros(())
 
     def parameter_rules(self) -> dict[str, dict[str, float]]:
         """How an optimizer has to treat parameters of this layer: displacements at their own pace, without decay."""
@@ -232,6 +242,7 @@ class ShiftConv2d(nn.Module):
             "l1": self.l1,
             "normalize": self.normalize,
             "lr_scale": self.lr_scale,
+            "lattice_decay": self.lattice_decay,
         }
 
     def macs(self, input_shape: tuple[int, ...]) -> int:
@@ -257,9 +268,11 @@ class ShiftConv2d(nn.Module):
         """The same function in plain torch modules, in every form that there is for `target`, the default first.
 
         With one whole-pixel copy that is a one-hot depthwise convolution and the pointwise one, with several the dense
-        kernel; where nothing moves the pointwise one is all there is. "slices" takes parts of the padded map.
+        kernel; where nothing moves the pointwise one is all there is. "slices" takes parts of the padded map. A copy
+        without weight counts as one in the centre, so that it widens no window.
         """
-        places = taps(self._inside(), self.kernel_size, self.quantize)
+        inside = self._inside() * self.carrying().unsqueeze(-1)
+        places = taps(inside, self.kernel_size, self.quantize)
         forms = convolution_forms(places.to(self.pointwise.weight.dtype), self.kernel(), self.pointwise, self)
         return {name: form.train(self.training) for name, form in forms.items()}
 

@@ -17,6 +17,18 @@ def round_half_away(x: Tensor) -> Tensor:
     return torch.sign(x) * torch.floor(x.abs() + 0.5)
 
 
+def pull(displacement: Tensor, l1: float, lattice_decay: float) -> Tensor:
+    """Penalty of displacements: `l1` times their L1 norm, and `lattice_decay` / 2 times their squared distance from the
+    nearest whole step, whose gradient is the published `lattice_decay * (d - round(d))` (Jeon & Kim's code)."""
+    penalty = displacement.new_zeros(())
+    if l1:
+        penalty = penalty + l1 * displacement.abs().sum()
+    if lattice_decay:
+        off = displacement - round_half_away(displacement.detach())
+        penalty = penalty + lattice_decay / 2 * off.square().sum()
+    return penalty
+
+
 def window(size: int) -> tuple[int, int]:
     """The smallest and the largest displacement inside a kernel of this size: (-1, 1) for 3, (0, 1) for 2."""
     return -((size - 1) // 2), size // 2

@@ -9,11 +9,11 @@ When to use it, and when not. For the size of the file. It saves no work and no 
 the weights in full again, unless `Quantize` follows. Fine-tune afterwards with `optimizer: sgd`. A layer whose weights
 are all zero, as those of a gate that was never trained are, is kept: it could not grow any more.
 
-Knobs. `bits`: 1 to 8. `linear_bits`: those of `Linear` layers, where they shall have others. `layers`: bits by name
-pattern, before both; the first pattern that matches counts. Deep Compression takes 8 for convolutions and 5 for fully
-connected layers. `start`: `linear` spreads the first centres evenly between the smallest and the largest weight, which
-keeps large weights, which are few; `density` puts equally many weights around each. `iterations`: at most so many steps
-of k-means. `include`, `exclude`: layers by name pattern.
+Knobs. `bits`: 1 to 8, of which pruned layers need 2. `linear_bits`: those of `Linear` layers, where they shall have
+others. `layers`: bits by name pattern, before both; the first pattern that matches counts. Deep Compression takes 8 for
+convolutions and 5 for fully connected layers. `start`: `linear` spreads the first centres evenly between the smallest
+and the largest weight, which keeps large weights, which are few; `density` puts equally many weights around each.
+`iterations`: at most so many steps of k-means. `include`, `exclude`: layers by name pattern.
 
 Measured. ResNet-20 on CIFAR-10 (91.73 %, 1.09 MB): recipe `cluster` 91.77 % in 161 kB, `deep_compression` 90.82 % in
 65 kB.
@@ -123,11 +123,18 @@ class Cluster:
             raise Keep(f"its {most} weights are too few for a table of {2**bits}")
         if hasattr(layer, "settle"):  # displacements that may still meet would add up weights
             layer.settle()  # type: ignore[operator]  # a method, by the layers' contract
+        for module in large:
+            weight = _weight(module).detach()
+            if not bool(weight.isfinite().all()):
+                raise DataError(f"the weights of `{name}` hold NaN or infinity; they cannot be clustered.")
+            values = weight[weight != 0]
+            if bits == 1 and 0 < len(values) < weight.numel() and bool((values != values[0]).any()):
+                raise Keep(
+                    "zero takes one of 2 values, which leaves a single one for all other weights; take `bits: 2`"
+                )
         books, wrong, total = [], 0.0, 0.0
         for module in large:
             weight = _weight(module).detach().clone()
-            if not bool(weight.isfinite().all()):
-                raise DataError(f"the weights of `{name}` hold NaN or infinity; they cannot be clustered.")
             values = weight[weight != 0]
             if not len(values):
                 continue

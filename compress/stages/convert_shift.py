@@ -4,14 +4,16 @@ What it does. Every bilinear `Shift2d` gets whole displacements. One without str
 One with a stride is not: trained ones sit on half pixels there, which average four neighbours before the rest is thrown
 away. It becomes a shift by the whole part and a 2x2 average pool with that stride, which is the same thing exactly
 where the displacements are halves. Then the convolution that reads each new shift is solved for again, by least squares
-against what it gave in the original network, layer by layer.
+against what it gave in the original network, layer by layer. A bilinear `ShiftConv2d`, which the stage `Shift` makes
+of a convolution, is rounded and solved for likewise; copies that meet are parted.
 
 When to use it, and when not. For active-shift networks (Jeon & Kim) that are to run on integers or where moving is free
 but interpolating is not. Layers that round already (Chen et al.) are kept as they are. Rounding costs accuracy:
 fine-tune afterwards.
 
 Knobs. `strided`: `pool` as above, or `keep` bilinear. `others`: `round`, or `keep` bilinear. `refit`: solve for the
-convolution behind each shift. `images`: how many calibration images it is solved on.
+convolution behind each shift. `images`: how many calibration images it is solved on. `ridge`: pulls its weights towards
+zero, as a share of the activations' mean power. `include`, `exclude`: layers by name pattern.
 
 Measured. AS-ResNet-w32 (published weights), no training, top-1 among 1000 classes on 500 images of ten of them
 (`benchmarks/as_resnet.py`; float 62.4): strided layers pooled and the others bilinear 60.6, all converted 49.4, plainly
@@ -38,8 +40,10 @@ from torch.nn.utils import parametrize
 from compress.errors import ConfigError
 from compress.nn.displace import Shift2d, ShiftPool2d
 from compress.nn.places import trace
+from compress.nn.shift import ShiftConv2d
 from compress.nn.taps import round_half_away
-from compress.reconstruct import Pairs, execution_order, fit_convolution, plain_images, seen_by
+from compress.reconstruct import Pairs, execution_order, fit_convolution, plain_images, seen_by, set_solution
+from compress.shift_pruning import equations
 from compress.stage import Edit, Keep
 from compress.surgery import kind, layers, swap
 from compress.task import Task, Work
@@ -62,7 +66,7 @@ class ConvertShift:
     exclude: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "substitute"
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = (Shift2d,)
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (Shift2d, ShiftConv2d)
 
     def __post_init__(self) -> None:
         for name, choices in (("strided", STRIDED), ("others", OTHERS)):
@@ -81,9 +85,11 @@ class ConvertShift:
         calls = execution_order(original, old, example)
 
         def rule(name: str, layer: nn.Module) -> nn.Module:
-            assert isinstance(layer, Shift2d)
+            assert isinstance(layer, Shift2d | ShiftConv2d)
             if layer.integer:
                 raise Keep("it moves by whole pixels already")
+            if isinstance(layer, ShiftConv2d):
+                return self._parted(layer)
             if (self.strided if layer.stride > 1 else self.others) == "keep":
                 raise Keep(f"`{'strided' if layer.stride > 1 else 'others'}` is keep")
             if layer.stride == 1:
@@ -100,11 +106,21 @@ class ConvertShift:
                 notes["refit"] = "only where one plain convolution reads the shift, in a model that can be traced"
         return Edit(model.train(was_training), sites, notes)
 
+    def _parted(self, layer: ShiftConv2d) -> ShiftConv2d:
+        """The layer with its copies on grid points, each on one of its own."""
+        if self.others == "keep":
+            raise Keep("`others` is keep")
+        new = copy.deepcopy(layer)
+        new.quantize = True
+        new.settle()
+        return new
+
     def _refit(
         self, model: nn.Module, original: nn.Module, changed: Collection[str], task: Task, work: Work
     ) -> dict[str, float]:
         """Solve for the convolutions that read the changed layers; gives back their relative squared errors."""
-        then = {name: original.get_submodule(name) for name in _readers(original, changed)}
+        own = {name for name in changed if _solvable(original.get_submodule(name))}
+        then = {name: original.get_submodule(name) for name in own | _readers(original, changed)}
         calls = execution_order(original, then, task.example.to(task.device))
         pairs = Pairs(model, original, plain_images(task.calibration, self.images, task.device))
         images = sum(len(batch) for batch in pairs.images)
@@ -113,8 +129,13 @@ class ConvertShift:
         for name, times in calls.items():
             work.progress.step(name)
             now, before = model.get_submodule(name), then[name]
-            assert isinstance(now, nn.Conv2d)
-            errors[name] = round(fit_convolution(now, pairs.of(now, before, times), times * images, self.ridge), 4)
+            seen, count = pairs.of(now, before, times), times * images
+            if isinstance(now, ShiftConv2d):
+                error = set_solution(now.pointwise, equations(now, now.displacement, seen, count), self.ridge)
+            else:
+                assert isinstance(now, nn.Conv2d)
+                error = fit_convolution(now, seen, count, self.ridge)
+            errors[name] = round(error, 4)
         work.progress.end()
         return errors
 
@@ -133,6 +154,10 @@ def _pooled(layer: Shift2d, sizes: set[tuple[int, ...]]) -> ShiftPool2d:
     new = ShiftPool2d(layer.channels, layer.kernel_size, layer.stride, layer.dilation, pads.pop())
     new.shift.displacement.copy_(torch.floor(layer.displacement.detach()))
     return new.to(layer.displacement.device)
+
+
+def _solvable(layer: nn.Module) -> bool:
+    return isinstance(layer, ShiftConv2d) and not parametrize.is_parametrized(layer.pointwise, "weight")
 
 
 def _readers(model: nn.Module, shifts: Collection[str]) -> set[str]:

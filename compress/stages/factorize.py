@@ -40,16 +40,16 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from compress.errors import ConfigError
+from compress.errors import ConfigError, DataError
 from compress.lowrank.budget import RankCosts
-from compress.lowrank.factors import Problem, Ranks, Shape
+from compress.lowrank.factors import MOST_FEATURES, Problem, Ranks, Shape
 from compress.lowrank.fit import as_linear, empty, fit
 from compress.lowrank.harm import harms
 from compress.lowrank.ranks import Basis, allowed, best, by_energy, by_vbmf, costs, kept, rounded
 from compress.measure import counted
 from compress.reconstruct import Normal, execution_order, plain_images
-from compress.stage import Edit, Keep
-from compress.substitute import Old, Substitution, as_convolution, check_settings, substitute
+from compress.stage import Edit, Keep, Site
+from compress.substitute import Old, Substitution, as_convolution, check_settings, require_own_weights, substitute
 from compress.surgery import by_pattern, layers, left_out
 from compress.surgery import replace as put
 from compress.task import Task, Work
@@ -60,7 +60,6 @@ BUDGETS = ("macs", "params", "bytes", "latency")
 WAYS = ("ratio", "energy", "vbmf", "ranks", *BUDGETS)
 JUDGES = 96  # images on which lower ranks are judged when a budget is shared out
 ROWS = 24  # for each weight of an output: more change nothing but the time
-MOST_FEATURES = 6000  # weights of an output: above, the equations take gigabytes and the weights alone have to do
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,11 @@ class Factorize(Substitution):
         return [way for way, value in settings.items() if value is not None and value is not False and value != {}]
 
     def check(self, model: nn.Module) -> None:
-        """Raise `ConfigError` for patterns that match nothing, and for ranks of wrong number or that are too high."""
+        """Raise `ConfigError` for patterns that match nothing, and for ranks of wrong number or that are too high.
+
+        Also for weights that are pruned, clustered or quantized already.
+        """
+        require_own_weights(model, self, self.kinds)
         found = layers(model, self.kinds)
         reasons = left_out(model, found, self.include, self.exclude)
         for name, pattern in by_pattern("ranks", self.ranks, list(found)).items():
@@ -128,9 +131,13 @@ class Factorize(Substitution):
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)
+        found = layers(model, self.kinds)
+        for name, why in left_out(model, found, self.include, self.exclude).items():
+            if not why and not all(bool(parameter.isfinite().all()) for parameter in found[name].parameters()):
+                raise DataError(f"the weights of `{name}` hold NaN or infinity; they cannot be factorized.")
         example = task.example.to(task.device)
         before = counted(model, example)
-        by_name = by_pattern("ranks", self.ranks, list(layers(model, self.kinds)))
+        by_name = by_pattern("ranks", self.ranks, list(found))
         shared, reached = self._shared_out(model, task, work) if self.way in BUDGETS else ({}, {})
 
         def start(old: Old) -> tuple[nn.Module, float]:
@@ -152,13 +159,21 @@ class Factorize(Substitution):
             "achieved": {unit: round(after[unit] / before[unit], 4) for unit in before},
             **reached,
         }
-        return replace(edit, notes={**edit.notes, **told})
+        sites = tuple(self._told(site, found[site.name]) for site in edit.sites)
+        return replace(edit, sites=sites, notes={**edit.notes, **told})
+
+    def _told(self, site: Site, layer: nn.Module) -> Site:
+        """The site, with a word where the layer was too wide to be fitted to what it sees."""
+        features = Shape.of(as_convolution(layer), self.method).features
+        if site.after is None or not self.refine or features <= MOST_FEATURES:
+            return site
+        return replace(site, why=f"fitted to its weights alone: {features} weights for each output are too many")
 
     def _start(self, old: Old, shape: Shape, ranks: Ranks | None) -> tuple[nn.Module, float]:
-        features = shape.channels * shape.positions
         if ranks is not None:
             self._require_smaller(old.layer, shape, ranks)
-        normal = old.normal(ROWS * features) if self.refine and features <= MOST_FEATURES else None
+        solved = self.refine and shape.features <= MOST_FEATURES
+        normal = old.normal(ROWS * shape.features) if solved else None
         if ranks is None:
             ranks = self._by_ratio(old.layer, shape, normal)
         new, error = fit(old.layer, normal, self.method, ranks, self.ridge, self.rounds)
@@ -171,11 +186,12 @@ class Factorize(Substitution):
             raise ConfigError(f"`ranks.{pattern}` (={ranks}) must be {wanted} for {name or 'the model itself'}.")
         rest = iter(ranks)
         first, last = (next(rest) if free else most for free, most in zip(shape.free, shape.most, strict=True))
+        cp = self.method == "cp" and shape.positions > 1
         for rank, most in ((first, shape.channels), (last, shape.outputs)):
-            if rank < 1 or (rank > most and self.method != "cp"):
+            if rank < 1 or (rank > most and not cp):
                 where = name or "the model itself"
                 raise ConfigError(f"`ranks.{pattern}` (={ranks}) must be between 1 and {most}, what {where} has.")
-        if self.method != "cp" and not shape.fits((first, last)):
+        if not cp and not shape.fits((first, last)):
             least = -(-max(first, last) // shape.positions)
             raise ConfigError(f"`ranks.{pattern}` (={ranks}) is of no use: the lower one must be at least {least}.")
         return first, last
@@ -202,11 +218,11 @@ class Factorize(Substitution):
             raise Keep(f"rank {self.multiple} already holds more than `ratio` (={self.ratio}) of its weights")
         kernels = shape.kernel(layer)
         if normal is None:
-            score = torch.stack([Basis.of(kernel).kept() for kernel in kernels]).sum(0)
+            score = torch.stack([Basis.of(kernel, shape).kept for kernel in kernels]).sum(0)
         else:
             score = kept([Problem.of(normal, group, shape, self.ridge) for group in range(shape.groups)])
         cost, may = costs(shape), allowed(shape, self.multiple)
-        found = best(score, cost, may, self.ratio * shape.weights)
+        found = best(shape, score, cost, may, self.ratio * shape.weights)
         if found is None:
             least = f"{int(cost[may].min()):,}" if bool(may.any()) else "no fewer"
             raise Keep(f"the lowest ranks already hold {least} of its {shape.weights:,} weights")

@@ -19,7 +19,8 @@ or latency: layers that do not get cheaper by it are kept.
 
 Measured. ResNet-20 on CIFAR-10 (91.73 %, 1.09 MB), recipe `squeezenet`: 78.48 % before training, 89.35 after ten
 epochs, in 353 kB; no faster in onnxruntime (1.06 of the time for one image on 2 cores). AlexNet for CIFAR (90.81 %),
-recipe `alexnet_fire`: 91.26 % with 52 times fewer parameters. Beside other operators: `benchmarks/operators.py`.
+recipe `alexnet_fire` (`squeeze: 0.375`) with ResNet-56 as teacher, one seed: 91.26 % with 52 times fewer parameters
+(`benchmarks/alexnet_fire.py`). Beside other operators: `benchmarks/operators.py`.
 
 Reference. Iandola et al., arXiv:1602.07360.
 """
@@ -114,7 +115,7 @@ class Fire(Substitution):
             copy_inputs(new)
             copy_kernel(old.layer, new)
             return new, 0.0
-        normal = normal_equations(old.layer, old.seen(), old.images, bias=True)
+        normal = normal_equations(old.layer, old.seen(), old.images, bias=True, name=old.name)
         near = choose_near(normal, new, self.ridge)
         if lossless:
             copy_inputs(new)
@@ -223,7 +224,7 @@ def fit_squeeze(new: FireModule, old: Old, directions: Tensor) -> None:
 def fit_expand(new: FireModule, old: Old, near: Tensor, ridge: float) -> float:
     """Solve the expand convolutions behind the squeeze as it is; gives back the relative squared error."""
     squeezed = ((new.relu(new.squeeze(x)), y) for x, y in old.seen())
-    normal = normal_equations(new.expand3, squeezed, old.images, bias=True)
+    normal = normal_equations(new.expand3, squeezed, old.images, bias=True, name=old.name)
     wide = _others(near, new)
     branches = [(new.expand3, _all_rows(normal), wide)]
     if new.expand1 is not None:

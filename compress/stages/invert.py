@@ -77,7 +77,7 @@ class Invert(Substitution):
             copy_kernel(old.layer, new)
             return new, 0.0
         new = empty_inverted(old.layer, min(self.expansion, positions), self.clip6)
-        normal = normal_equations(old.layer, old.seen(), old.images, bias=True)
+        normal = normal_equations(old.layer, old.seen(), old.images, bias=True, name=old.name)
         source, kernels = leading_kernels(normal, new, self.ridge)
         copy_inputs(new, source, low.clamp(max=0), high)
         set_depthwise(new, old, kernels)

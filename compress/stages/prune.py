@@ -17,8 +17,9 @@ of the training where there is a schedule; `movement`, for schedules only, lets 
 layer's share from magnitudes. `pattern`: 2:4 leaves 2 of every 4 consecutive input channels at the same place in the
 kernel; it says the amount of every layer itself. `schedule`: `one_shot`, `linear` or `cubic` over the first `epochs`
 of fine-tuning, with `updates` in each of them, or one `every` so many steps. `floor`: the share that stays in each
-layer, and never fewer weights than it has outputs. `refit`: at once only, on `images` images; `ridge` is the pull
-towards the old weights. `include`, `exclude`: layers by name pattern.
+layer, and never fewer weights than it has outputs; that need not be one for each (the notes count those that lose all).
+`refit`: at once only, on `images` images; `ridge` is the pull towards the old weights. `include`, `exclude`: layers by
+name pattern.
 
 Measured. Before training, with refit and without: `benchmarks/surgery.py`. ResNet-20 on CIFAR-10 (91.73 %, 1.09 MB):
 recipe `magnitude`, four of five weights, 90.83 % in 212 kB.
@@ -42,7 +43,7 @@ from torch.nn.utils import parametrize
 from compress.errors import ConfigError, DataError
 from compress.nn.clustered import ClusteredWeight
 from compress.nn.masked import GONE, SCHEDULES, SCORES, MaskedWeight, among_largest, kept, mask_of, parsed, put_mask
-from compress.pruning import Weights, share_evenly, share_out, smallest_allowed, taylor_scores
+from compress.pruning import STAY, Weights, require_multiples, share_evenly, share_out, smallest_allowed, taylor_scores
 from compress.pruning import weight_of as weight
 from compress.quantization import is_quantized
 from compress.reconstruct import Pairs, execution_order, plain_images
@@ -140,17 +141,8 @@ class Prune:
         reasons = matching(list(found), self.include, self.exclude)
         by_pattern("layers", self.layers, list(found))
         if self.pattern:
-            _, m = parsed(self.pattern)
             taken = {name: weighted(layer) for name, layer in found.items() if not reasons[name]}
-            uneven = {n: layer for n, inner in taken.items() for layer in inner if weight(layer).shape[1] % m}
-            if uneven:
-                said = ", ".join(f"{name} has {weight(layer).shape[1]}" for name, layer in uneven.items())
-                rule = f"`pattern` (={self.pattern}) needs multiples of {m} input channels (in a group), and "
-                if len(uneven) == len(taken):
-                    widths = math.gcd(*(weight(layer).shape[1] for layer in uneven.values()))
-                    other = next((f"`pattern: {k // 2}:{k}`" for k in (4, 2) if widths % k == 0), "an `amount`")
-                    raise ConfigError(f"{rule}no layer has that: {said}; take {other} instead.")
-                raise ConfigError(f"{rule}{said}; put {'it' if len(uneven) == 1 else 'them'} into `exclude`.")
+            require_multiples(self.pattern, taken)
 
     def __call__(self, model: nn.Module, task: Task, work: Work) -> Edit:
         self.check(model)
@@ -188,8 +180,10 @@ class Prune:
             for name, layer in found.items()
         )
         require_change(sites)
-        notes: dict[str, Any] = {"requested": self._amount, "achieved": _share(parts)}
+        notes: dict[str, Any] = {"requested": _asked(parts), "achieved": _share(parts)}
         notes["zeros"] = {name: _share(inner) for name, inner in each.items() if inner}
+        emptied = {name: sum(part.emptied for part in inner) for name, inner in each.items()}
+        notes |= {"emptied_outputs": {name: n for name, n in emptied.items() if n}} if any(emptied.values()) else {}
         if steps:
             notes |= {"steps": steps, "every": every}
         if errors:
@@ -218,7 +212,7 @@ class Prune:
         if not any(bool(weight(part).any()) for part in inner):
             return "all its weights are zero, and zeros stay zero in training; train it first"
         if not self.pattern and all(smallest_allowed(part, self.floor) >= weight(part).numel() for part in inner):
-            return f"its {sum(weight(part).numel() for part in inner)} weights have to stay: one for each output"
+            return f"its {sum(weight(part).numel() for part in inner)} weights have to stay ({STAY})"
         return ""
 
     def _parts(self, found: Mapping[str, nn.Module], model: nn.Module, task: Task) -> list[Weights]:
@@ -239,7 +233,7 @@ class Prune:
         """Decide how many zeros each gets; `own` has the key in `layers` of each site that has a share of its own."""
         if self.pattern:
             for part in parts:
-                part.wanted = part.total - int(self._left(part).sum())
+                part.wanted, part.asked = part.total - int(self._left(part).sum()), self._amount
             return
         others = [part for part in parts if part.site not in own]
         for part in parts:
@@ -277,7 +271,7 @@ class Prune:
         for name, times in calls.items():
             work.progress.step(name)
             seen = pairs.of(layers[name], before.get_submodule(name), times)
-            errors[name] = refit(layers[name], seen, times * count, self.ridge)
+            errors[name] = refit(layers[name], seen, times * count, self.ridge, name)
         work.progress.end()
         return errors
 
@@ -295,3 +289,7 @@ class Prune:
 
 def _share(parts: Collection[Weights]) -> float:
     return sum(part.wanted for part in parts) / max(1, sum(part.total for part in parts))
+
+
+def _asked(parts: Collection[Weights]) -> float:
+    return round(sum(part.asked * part.total for part in parts) / max(1, sum(part.total for part in parts)), 9)

@@ -169,9 +169,9 @@ class PruneShifts:
             settled = copy.deepcopy(layer)
             assert isinstance(settled, ShiftConv2d)
             settled.settle()
-            normal = equations(settled, places_with_zero(settled), seen, calls[name] * count)
-            if not bool(normal.gram.isfinite().all() and settled.pointwise.weight.isfinite().all()):
-                raise DataError(f"the weights or inputs of `{name}` hold NaN or infinity; they cannot be weighed.")
+            if not bool(settled.pointwise.weight.isfinite().all()):
+                raise DataError(f"the weights of `{name}` hold NaN or infinity; they cannot be weighed.")
+            normal = equations(settled, places_with_zero(settled), seen, calls[name] * count, name)
             copies[name] = Copies(settled, alive_copies(settled), normal, self.ridge)
         work.progress.end()
         return copies, still

@@ -16,7 +16,7 @@ take 32 bits. torchao multiplies int8 in float where a product has 16 rows or fe
 Knobs. `dtype`: int8, whose products must have inputs and outputs that are multiples of 8, or float8, multiples of 16.
 `include`, `exclude`: layers by name pattern.
 
-Measured. Not yet measured: no GPU was at hand.
+Measured. Not yet measured.
 
 Reference. Dettmers et al., "LLM.int8()", NeurIPS 2022; Micikevicius et al., "FP8 Formats for Deep Learning",
 arXiv:2209.05433; torchao, https://github.com/pytorch/ao.

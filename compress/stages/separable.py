@@ -15,10 +15,10 @@ leaves the decomposition with its pointwise weights solved once. `images`: how m
 solved on. `ridge`: pulls the weights towards zero, as a share of the activations' mean power. `gate`: none, macs,
 bytes or latency: layers that do not get cheaper by it are kept.
 
-Measured. ResNet-20 on CIFAR-10 (91.73 %), every 3x3 convolution but the first, 1,024 images, CPU, seed 0, no training:
-61.7, 84.5 and 89.4 % for `multiplier` 1, 2 and 3; with `rounds: 0` 49.3, 81.5 and 88.8 %. After five epochs, beside
-other operators: `benchmarks/operators.py`. Recipe `depthwise`, multiplier 2: 90.44 % after ten epochs, in 0.30 of the
-MACs, but 1.21 of the time in onnxruntime (one image, 2 cores).
+Measured. ResNet-20 on CIFAR-10 (91.73 %), every 3x3 convolution but the first, 1,024 images, seed 0, no training: 61.7
+and 89.4 % for `multiplier` 1 and 3 (CPU); after five epochs 85.95 and 91.08, beside other operators in
+`benchmarks/operators.py`. Recipe `depthwise`, multiplier 2: 84.5 % before training, 90.44 after ten epochs (H100), in
+0.30 of the MACs, but 1.21 of the time in onnxruntime (one image, 2 cores).
 
 Reference. Sifre, PhD thesis, 2014; Chollet, CVPR 2017; Howard et al., arXiv:1704.04861.
 """

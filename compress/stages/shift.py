@@ -15,7 +15,8 @@ displacements counted; `taps` is then the most that a layer gets, and how many e
 measured to do to the network's answers, one layer at a time (0: all get `taps`). `places`: where they start: `data` as
 above; `grouped`, the fixed directions of Wu et al.; `random`, the baseline that learned displacements have to beat.
 `learn`: train the displacements by bilinear interpolation. `quantize`: round them in every forward pass
-(straight-through gradient), so that the layer stays whole-pixel. `l1`: pull them towards zero. `normalize`, `lr_scale`:
+(straight-through gradient), so that the layer stays whole-pixel. `l1`: pull them towards zero. `lattice_decay`: pull
+them towards whole pixels, so that `ConvertShift` or `FreezeShifts` changes less later. `normalize`, `lr_scale`:
 displacements' gradients of length 1 at a hundredth of the learning rate, as Jeon & Kim train them; Chen et al. use
 false and 1. `images`: how many calibration images the start is solved on. `gate`: none, macs, bytes or latency: layers
 that do not get cheaper by it (in time: at least 10 % in the target runtime) are kept.
@@ -42,6 +43,7 @@ from compress.errors import ConfigError
 from compress.nn.geometry import spatial_config
 from compress.nn.shift import LEARNING_RATE_SCALE, ShiftConv2d
 from compress.nn.taps import window
+from compress.off_map import off_the_map
 from compress.reconstruct import (
     Normal,
     eliminate,
@@ -72,6 +74,7 @@ class Shift(Substitution):
     l1: float = 0.0
     normalize: bool = True
     lr_scale: float = LEARNING_RATE_SCALE
+    lattice_decay: float = 0.0
 
     def __post_init__(self) -> None:
         check_settings(self, taps=1)
@@ -79,12 +82,16 @@ class Shift(Substitution):
             raise ConfigError(f"`places` (={self.places!r}) must be one of {', '.join(PLACES)}.")
         if not 0 <= self.budget < 1:
             raise ConfigError(f"`budget` (={self.budget}) must be a share of the parameters, below 1; 0 is no budget.")
-        for name in ("l1", "lr_scale"):
+        for name in ("l1", "lr_scale", "lattice_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"`{name}` (={value}) must be a finite number, 0 or more.")
-        if self.l1 and not self.learn:
-            raise ConfigError(f"`l1` (={self.l1}) pulls at learned displacements; set `learn: true` or `l1: 0`.")
+        for name in ("l1", "lattice_decay"):
+            if getattr(self, name) and not self.learn:
+                value = getattr(self, name)
+                raise ConfigError(
+                    f"`{name}` (={value}) pulls at learned displacements; set `learn: true` or `{name}: 0`."
+                )
 
     def check(self, model: nn.Module) -> None:
         """Raise `ConfigError` for patterns that match nothing, and for kernels with fewer positions than `taps`."""
@@ -116,6 +123,8 @@ class Shift(Substitution):
             return self._start(old, taps, work.seed(task.seed, "places", old.name))
 
         edit = substitute(model, task, work, self, start, {"taps": self.taps})
+        if self.places != "data" and (off := off_the_map(edit.model, task.example.to(task.device))):
+            raise ConfigError("\n".join(f"{one} Or put the layer into `exclude`." for one in off))
         if not self.budget:
             return edit
         changed = {site.name: shared[site.name] for site in edit.sites if site.after is not None}
@@ -201,6 +210,7 @@ class Shift(Substitution):
             l1=self.l1,
             normalize=self.normalize,
             lr_scale=self.lr_scale,
+            lattice_decay=self.lattice_decay,
         )
         return new.to(device=layer.weight.device, dtype=layer.weight.dtype)
 

@@ -30,7 +30,7 @@ import torch
 from torch import fx, nn
 
 from compress.errors import ConfigError
-from compress.nn.flow import ADDITIONS, operator_name
+from compress.nn.flow import ADDITIONS, CLIPPING_LAYERS, CLIPS, is_one_of, operator_name
 from compress.nn.places import trace
 from compress.nn.squeeze_excite import SqueezeExcitation
 from compress.stage import Edit, Keep, Site
@@ -164,7 +164,7 @@ class _Search:
                 continue
             branch = one if self._length(one, other) >= self._length(other, one) else other
             for side in (one, other):
-                end = self._end(side)
+                end = self._end(side, clipped=side is branch)
                 name = self._name(end)
                 if name is not None and side is branch:
                     ends[name] = end
@@ -206,13 +206,14 @@ class _Search:
         leaves_it = any(self.units[reader] is not unit for reader in node.users)
         return self.names.get(id(unit)) if leaves_it else None
 
-    def _end(self, node: fx.Node) -> fx.Node:
-        """The tensor that this one was in front of gates, dropout and the like."""
+    def _end(self, node: fx.Node, clipped: bool) -> fx.Node:
+        """The tensor that this one was in front of gates, dropout and the like; with `clipped` also of ReLUs."""
+        names, kinds = (CLIPS, {*_PASSING, *CLIPPING_LAYERS}) if clipped else ((), _PASSING)
         while True:
             unit, sources = self.units[node], []
             if isinstance(unit, SqueezeExcitation):
                 sources = [source for source in node.all_input_nodes if self.units[source] is not unit]
-            elif unit is None and (called := self._called(node)) is not None and kind(called) in _PASSING:
+            elif unit is None and is_one_of(node, self.model, names, kinds):
                 sources = node.all_input_nodes
             if not sources:
                 return node
