@@ -16,7 +16,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from compress import config, plan, sweep
+from compress import config, folders, plan, sweep
 from compress.errors import ConfigError, TrainingError, UserError
 from compress.files import UNFINISHED
 from compress.sweep import Run
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return complain(error, BAD_INPUT)
     except KeyboardInterrupt:
-        goes_on = all(plan.stores(job.settings) for job in jobs)
+        goes_on = all(folders.stores(job.settings) for job in jobs)
         then = "goes on where this one stopped" if goes_on else "begins anew, since `cache` is off"
         print(f"interrupted; the same command {then}.", file=sys.stderr)
         return INTERRUPTED
@@ -118,7 +118,7 @@ def check(jobs: Sequence[config.Job]) -> None:
 def carry_out(jobs: Sequence[config.Job], command: str) -> int:
     """Do the runs of a sweep one after another, and the report over them; gives back the worst exit code."""
     runs = [Run(job.command) for job in jobs]
-    folder = plan.fresh(sweep.home([Path(str(job.settings["out"])) for job in jobs]))
+    folder = folders.fresh(sweep.home([Path(str(job.settings["out"])) for job in jobs]))
     try:
         for number, job in enumerate(jobs, 1):
             print(f"run {number} of {len(jobs)}: {job.command}", file=sys.stderr)
@@ -140,7 +140,7 @@ def execute(job: config.Job) -> Run:
     out = None
     try:
         ready = plan.make(job.settings)
-        out = plan.fresh(ready.out)
+        out = folders.fresh(ready.out)
         run(
             ready.stages,
             ready.task,
@@ -152,6 +152,7 @@ def execute(job: config.Job) -> Run:
             target=ready.target,
             measure=ready.measure,
             forms=ready.forms,
+            floor=ready.floor,
             cache=ready.cache,
             recipe=job.recipe,
             command=job.command,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +20,7 @@ from compress import store, surgery
 from compress.constructors import Build, named
 from compress.data import Source, make_task
 from compress.errors import ConfigError
-from compress.files import UNFINISHED
+from compress.folders import named_folder, stores
 from compress.lower import EXPORTS
 from compress.lower.forms import FORMS
 from compress.lower.pt2_x86 import pt2_x86_problems
@@ -39,12 +38,12 @@ CHOICES = {
     "measure": ("ends", "all", "none"),
     "forms": FORMS,
 }
-SETTINGS = {*CHOICES, "model", "data", "stages", "seed", "export", "cache", "out"}
+SETTINGS = {*CHOICES, "model", "data", "stages", "seed", "export", "floor", "cache", "out"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run whose settings have been checked. `out` is the folder asked for; see `fresh`."""
+    """A run whose settings have been checked. `out` is the folder asked for; see `folders.fresh`."""
 
     stages: dict[str, Stage]
     task: Task
@@ -56,6 +55,7 @@ class Plan:
     target: str
     measure: str
     forms: str
+    floor: float
     cache: Path | None
 
 
@@ -73,8 +73,11 @@ def make(settings: Mapping[str, Any]) -> Plan:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         problems.append(f"`seed` (={seed}) must be a whole number, 0 or more.")
         seed = 0
-    out = _folder("out", settings["out"], "outputs/runs/mine", problems)
-    kept = _folder("cache", settings["cache"], "outputs/cache, or `off`", problems) if stores(settings) else None
+    out = named_folder("out", settings["out"], "outputs/runs/mine", problems)
+    kept = named_folder("cache", settings["cache"], "outputs/cache, or `off`", problems) if stores(settings) else None
+    floor = settings["floor"]
+    if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor <= 1:
+        problems.append(f"`floor` (={floor}) must be a share of val, between 0 (off) and 1.")
     stages = _stages(settings["stages"], problems)
     if stages and "pt2_x86" in _listed(settings["export"]):
         problems += pt2_x86_problems(stages)
@@ -94,51 +97,9 @@ def make(settings: Mapping[str, Any]) -> Plan:
         target=settings["target"],
         measure=settings["measure"],
         forms=settings["forms"],
+        floor=floor,
         cache=kept,
     )
-
-
-def fresh(out: Path) -> Path:
-    """Make the folder `out`; or `out-2`, `out-3`, ... where it exists and holds something."""
-    number, folder = 1, out
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not any(folder.iterdir()):
-                (folder / UNFINISHED).mkdir()  # fails for all but one of two runs that start at once
-                return folder
-        except FileExistsError:
-            pass
-        number += 1
-        folder = out.with_name(f"{out.name}-{number}")
-
-
-def require_writable(key: str, folder: Path) -> None:
-    """Raise `ConfigError` unless files can be written in `folder`, which need not exist; leaves nothing behind."""
-    place = folder.absolute()
-    try:
-        place = next(p for p in (place, *place.parents) if p.exists())
-        with tempfile.TemporaryFile(dir=place) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        raise ConfigError(
-            f"`{key}` (={folder}) cannot be written: {place}: {error.strerror}; choose another folder."
-        ) from error
-
-
-def stores(settings: Mapping[str, Any]) -> bool:
-    """Whether finished stages are kept."""
-    return settings["cache"] not in (None, False, "off")
-
-
-def _folder(key: str, value: Any, example: str, problems: list[str]) -> Path:
-    folder = Path(str(value))
-    if value is None or isinstance(value, bool | list | dict) or folder.name in ("", ".."):
-        problems.append(f"`{key}` (={value}) must be the name of a folder, such as {example}.")
-    else:
-        with collecting(problems):
-            require_writable(key, folder)
-    return folder
 
 
 def _choices(settings: Mapping[str, Any], problems: list[str]) -> torch.device:

@@ -62,6 +62,7 @@ def run(
     target: str = "onnxruntime",
     measure: str = "ends",
     forms: str = "measured",
+    floor: float = 0.0,
     cache: Path | str | None = Path("outputs/cache"),
     recipe: str = "",
     command: str = "",
@@ -72,12 +73,14 @@ def run(
     are none; or a `model` instance, which can be compressed and exported but not stored, resumed, or written as a
     checkpoint, since nobody could build it again. `measure` says which rows get a latency in the runtime `target`:
     "ends" (base and result), "all", or "none". `forms` says which of its equal plain forms a layer takes in the file
-    that `target` runs: the one that is "measured" to be fastest there, or its "default". `cache` is the store of
-    finished stages and of what was measured for the forms; None turns it off.
+    that `target` runs: the one that is "measured" to be fastest there, or its "default". `floor` is the share of val
+    that has to get the base's answer after each stage that trains, and at the end; else the run stops there. `cache` is
+    the store of finished stages and of what was measured for the forms; None turns it off.
 
     Raises:
         ConfigError: stages in an order that makes no sense, or no base.
-        UserError: whatever a stage finds that it cannot do.
+        UserError: whatever a stage finds that it cannot do; a file that cannot be made, or answers below `floor`: then
+            the checkpoint as it is and the report are written.
         TrainingError: a training that turned to NaN.
     """
     named = dict(stages) if isinstance(stages, Mapping) else {type(s).__name__.lower(): s for s in stages}
@@ -95,6 +98,8 @@ def run(
         problems.append("`stages` must hold at least one stage.")
     if (build is None) == (model is None):
         problems.append("exactly one of `build` and `model` must be given.")
+    if not 0 <= floor <= 1:
+        problems.append(f"`floor` (={floor}) must be a share of val, between 0 (off) and 1.")
     if problems:
         raise ConfigError("\n".join(problems))
     if measure != "none":
@@ -105,14 +110,14 @@ def run(
     display = progress.make()
     place = Place(build, folder, None if cache is None else Path(cache), target, forms, display)
     try:
-        final, content = _carry_out(place, named, task, model, weights, train, export, measure)
+        final, content = _carry_out(place, named, task, model, weights, train, export, measure, floor)
     finally:
         display.close()
     content |= {"recipe": recipe, "command": command}
     _publish(place, content)
-    if content["failure"]:
-        raise UserError(f"{content['failure']} The rest is done, and in {folder}.")
     shutil.rmtree(place.scratch, ignore_errors=True)
+    if content["failure"]:
+        raise UserError(f"{content['failure']} What there is lies in {folder}.")
     return Result(final, folder, content)
 
 
@@ -137,6 +142,7 @@ def _carry_out(
     train: Stage | None,
     export: Sequence[str],
     which: str,
+    floor: float,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Base, stages, checkpoint, exports, latency; gives back the result and the report's content."""
     started = time.perf_counter()
@@ -147,7 +153,7 @@ def _carry_out(
     rows = [row("base", None if given or train is None else store.described(train), done, first, first, task)]
     hits = [] if given else [{"stage": "base", "key": done.key, "hit": done.hit}]
     timed = {"base": teacher} if which != "none" else {}
-    base_key, lineage = done.key, "base"
+    base_key, lineage, failure = done.key, "base", None
     if place.build is not None:
         rows[0] |= {"bytes": place.save(teacher, "base.safetensors", task, "training"), "file": "base.safetensors"}
 
@@ -162,12 +168,14 @@ def _carry_out(
         rows.append(row(name, what, done, answers(done.edit.model, task, place.display, name), first, task))
         if which == "all":
             timed[name] = copy.deepcopy(done.edit.model)
+        if stage.kind == "finetune" and (failure := _below(rows[-1], floor)):
+            break
 
     begun, final, file = time.perf_counter(), done.edit.model, None
     if place.build is not None:
         file = place.folder / "model.safetensors"
         provenance = {
-            "stages": {name: store.described(stage) for name, stage in stages.items()},
+            "stages": {name: store.described(stages[name]) for name in [line["name"] for line in rows[1:]]},
             "seed": task.seed,
             "data": task.fingerprint,
             "base": base_key,
@@ -183,11 +191,11 @@ def _carry_out(
         result |= {"bytes": file.stat().st_size, "file": file.name}
     rows.append(result)
     exports: list[dict[str, Any]] = []
-    failure = None
+    failure = failure or _below(result, floor)
     try:
-        for kind in export:
+        for kind in () if failure else export:
             exports.append(place.write(final, place.folder / f"model{EXPORTS[kind]}", task))
-        if timed:
+        if timed and not failure:
             measured = place.latencies(timed | {"result": final}, [export["file"] for export in exports], task)
             for line in rows:
                 line["latency"] = measured.get(line["name"])
@@ -216,6 +224,16 @@ def _carry_out(
         "failure": failure,
         "store": hits,
     }
+
+
+def _below(line: Mapping[str, Any], floor: float) -> str | None:
+    """What to say where a row's network gives too few of the base's answers."""
+    if line["agreement"] >= floor:
+        return None
+    return (
+        f"after `{line['name']}` {100 * line['agreement']:.1f} % of val get the base's answer, and `floor` (={floor}) "
+        "asks for more: ask less of the stages before it, train longer, or lower `floor`."
+    )
 
 
 def _base(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_config import problems, settings
 
-from compress import plan
+from compress import folders, plan
 from compress.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def test_a_store_that_is_off(tmp_path: Path, off: Any) -> None:
 def test_a_run_never_writes_into_what_is_there(tmp_path: Path) -> None:
     out = tmp_path / "runs" / "a"
     out.mkdir(parents=True)
-    assert plan.fresh(out) == out  # empty, and so taken
-    assert plan.fresh(out) == tmp_path / "runs" / "a-2"  # the first is a run's, though it has written nothing yet
+    assert folders.fresh(out) == out  # empty, and so taken
+    assert folders.fresh(out) == tmp_path / "runs" / "a-2"  # the first is a run's, though it has written nothing yet
     (tmp_path / "runs" / "a-3").touch()
-    assert plan.fresh(out) == tmp_path / "runs" / "a-4"
+    assert folders.fresh(out) == tmp_path / "runs" / "a-4"

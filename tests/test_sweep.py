@@ -15,7 +15,7 @@ from test_report import Reader, row, timing, top1
 from torch import Tensor
 
 import compress.__main__ as command_line
-from compress import plan, sweep
+from compress import folders, sweep
 from compress.config import Job
 from compress.nn.shift import ShiftConv2d
 from compress.sweep import Run
@@ -147,7 +147,7 @@ class Runs:
         self.begun += 1
         if self.begun == self.interrupted:
             raise KeyboardInterrupt
-        out = plan.fresh(Path(job.settings["out"]))
+        out = folders.fresh(Path(job.settings["out"]))
         (out / "unfinished").rmdir()
         out.rmdir()
         return Run(job.command, 0, reported(out, 9000 - self.begun, 100 - self.begun))
