@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,10 @@ from torch import Tensor, nn
 
 def windows(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """What each output position of a convolution sees of its input: (N, C * P, L), channel by channel."""
-    return F.unfold(_padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)
+    seen = _padded(layer, x)
+    for axis, (k, d, stride) in enumerate(zip(layer.kernel_size, layer.dilation, layer.stride, strict=True), start=2):
+        seen = seen.unfold(axis, (k - 1) * d + 1, stride)[..., ::d]  # a view; F.unfold takes two to four times as long
+    return seen.permute(0, 1, 4, 5, 2, 3).reshape(len(x), x.shape[1] * math.prod(layer.kernel_size), -1)
 
 
 def windows_at(layer: nn.Conv2d, x: Tensor, chosen: Tensor, width: int) -> Tensor:

@@ -44,6 +44,14 @@ def test_a_convolution_is_found_again_from_what_it_does() -> None:
     torch.testing.assert_close(fitted.bias, layer.bias, rtol=1e-3, atol=1e-4)
 
 
+def test_the_gram_matrix_of_a_wide_layer_is_that_of_its_windows() -> None:
+    layer = nn.Conv2d(62, 4, 3, bias=False)  # 558 features: put together from blocks of odd sizes
+    x, y = data(layer, images=8)
+    gram = normal_equations(layer, [(x, y)], 8, bias=False).gram[0]
+    rows = F.unfold(x, 3).transpose(0, 1).flatten(1).double()
+    torch.testing.assert_close(gram, rows @ rows.mT, rtol=1e-4, atol=1e-2)
+
+
 def test_all_features_kept_gives_back_the_layer() -> None:
     layer = nn.Conv2d(4, 6, 3, stride=(2, 1), padding=1, groups=2)
     x, y = data(layer)

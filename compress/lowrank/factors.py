@@ -207,23 +207,24 @@ def regress(problem: Problem, first: Tensor | None, rank: int) -> Factors:
 
 def _first(problem: Problem, factors: Factors, covariance: Tensor) -> Tensor:
     """A better first factor for this core and last one: some steps of preconditioned conjugate gradients."""
-    core, shape = factors.core, problem.shape
+    core, shape = factors.core.flatten(1), problem.shape  # (r, positions * s)
 
     def gathered(weights: Tensor) -> Tensor:
-        return torch.einsum("cps,rps->cr", weights.view(shape.channels, shape.positions, -1), core)
+        return weights.view(shape.channels, -1) @ core.mT
 
-    def applied(first: Tensor) -> Tensor:
-        return gathered(problem.gram @ torch.tensordot(first, core, 1).flatten(0, 1))
+    def applied(gram: Tensor, first: Tensor) -> Tensor:
+        return gathered((gram @ (first @ core).view(shape.features, -1).to(gram)).to(core))
 
-    alike = torch.einsum("rps,qps->rq", core, core)
+    alike = core @ core.mT
     alike = alike + 1e-9 * alike.diagonal().mean() * torch.eye(len(alike), dtype=alike.dtype)
     left, right = torch.linalg.inv(covariance), torch.linalg.inv(alike)
     found = factors.first
-    residual = gathered(problem.cross @ factors.last) - applied(found)
+    residual = gathered(problem.cross @ factors.last) - applied(problem.gram, found)
+    halved = problem.gram.float()  # says well enough where to go, in half the time
     step = left @ residual @ right
     size = float((residual * step).sum())
     for _ in range(STEPS):
-        answer = applied(step)
+        answer = applied(halved, step)
         bend = float((step * answer).sum())
         if not (size > 0 and bend > 0):
             break

@@ -160,30 +160,43 @@ def _moved(
         seen = []
         for x, gradient in pairs:
             wanted = [each if convolution else as_map(each) for each in gradient[:, part]]
-            columns = torch.cat([_grouped(each, shape.groups).flatten(3) for each in wanted], 2)
-            seen.append((_grouped(windows(layer, x[part]), shape.groups), columns))
+            columns = torch.stack([_grouped(each, shape.groups).flatten(3) for each in wanted], 2)
+            inputs = x[part]
+            if all(shape.free):  # now, while both are small
+                inputs = _turned(_grouped(inputs, shape.groups).flatten(3), [basis.first for basis in bases])
+                inputs = inputs.transpose(0, 1).reshape(x[part].shape)
+                columns = _turned(columns, [basis.last for basis in bases])
+            seen.append((_grouped(windows(layer, inputs), shape.groups), columns.flatten(2, 3)))
         each = (_by_slopes if shape.free[0] else _by_outputs)(shape, bases, seen)
         lost = each.sum((2, 3), keepdim=True) - each.cumsum(2).cumsum(3)
         moved += lost.square().sum((0, 1)).cpu().double()
     return moved
 
 
+def _turned(maps: Tensor, towards: Sequence[Tensor | None]) -> Tensor:
+    """Maps (groups, N, ..., channels, L) in the coordinates of each group's matrix (channels, coordinates)."""
+    matrices = torch.stack([each.mT for each in towards if each is not None]).to(maps)
+    return matrices.view(len(matrices), *(1,) * (maps.dim() - 3), *matrices.shape[1:]) @ maps
+
+
 Seen = Sequence[tuple[Tensor, Tensor]]  # (G, N, channels * P, L) and (G, N, D * outputs, L), for each call
 
 
 def _by_slopes(shape: Shape, bases: Sequence[Basis], seen: Seen) -> Tensor:
-    """What each coefficient moves the logits by, (N, D, choices of r, choices of s), summed over the groups."""
+    """What each coefficient moves the logits by, (N, D, choices of r, choices of s), summed over the groups.
+
+    Where both ranks are free, `seen` is in the bases' coordinates already.
+    """
     slopes = _total([x @ columns.mT for x, columns in seen])  # of the directions in the kernel
     slopes = slopes.view(*slopes.shape[:2], shape.channels, shape.positions, DIRECTIONS, shape.outputs)
     parts = []
     for slope, basis in zip(slopes, bases, strict=True):
-        assert basis.first is not None
-        if basis.last is None:
-            own = torch.einsum("ncpdt,cr->ndrpt", slope, basis.first.to(slope))
-            parts.append((own * basis.core.to(slope)).sum((3, 4)).unsqueeze(-1))
+        core = basis.core.to(slope)
+        if all(shape.free):
+            parts.append(torch.einsum("nrpds,rps->ndrs", slope, core))
         else:
-            own = torch.einsum("ncpdt,cr,ts->ndrps", slope, basis.first.to(slope), basis.last.to(slope))
-            parts.append((own * basis.core.to(slope)).sum(3))
+            assert basis.first is not None
+            parts.append(torch.einsum("ncpdt,cr,rpt->ndr", slope, basis.first.to(slope), core).unsqueeze(-1))
     return _total(parts)
 
 
