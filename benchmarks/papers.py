@@ -2,7 +2,7 @@
 
 With `--full` the published protocol: 164 epochs, batches of 128, learning rate 0.1 (a tenth after half of the epochs, a
 hundredth after three quarters), weight decay 5e-4, seeds 0, 1, 2. Without it a SHORTENED one, named so in its file and
-table: 30 epochs with a cosine, the same seeds. A run that was killed goes on with the epoch it was in. One image of the
+table: 10 epochs with a cosine, the same seeds. A run that was killed goes on with the epoch it was in. One image of the
 50,000 is held out and not trained on.
 """
 
@@ -50,7 +50,7 @@ NETS = {
 }
 PROTOCOLS = {
     "full": FineTune(epochs=164, lr=0.1, schedule="step", warmup_epochs=0.0),
-    "shortened": FineTune(epochs=30, lr=0.1),
+    "shortened": FineTune(epochs=10, lr=0.1),
 }
 SEEDS = (0, 1, 2)
 
