@@ -30,6 +30,7 @@ from compress.quantization import is_quantized
 from compress.stage import Stage, missing_problems, order_problems
 from compress.targets import collecting, factory, stage
 from compress.task import PRECISIONS, Task
+from compress.unfit import require_fit
 
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
@@ -226,6 +227,7 @@ def _base(build: Build, function: Callable[..., Any], weights: Path | None, inpu
         raise ConfigError(f"`model` ({target}) cannot be built: {type(errors[-1]).__name__}: {errors[-1]}")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model._target_` (={target}) gave a {type(model).__name__}, not a torch.nn.Module.")
+    require_fit(model)
     if weights is not None:
         load_weights(model, weights, allow=store.home(build), input=input)
     return model

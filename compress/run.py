@@ -32,6 +32,7 @@ from compress.rows import answers, plain, row
 from compress.stage import Stage, missing_problems, order_problems
 from compress.store import Done
 from compress.task import Task
+from compress.unfit import require_fit
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,7 @@ def _base(
     what = {"build": place.build, "code": store.code_of(named(place.build[0])) if place.build else None}
     if weights is not None:
         load_weights(model, weights, allow=store.home(place.build), input=task.input)
+    require_fit(model)
     if off := off_the_map(model, task.example):
         raise ConfigError("\n".join(off))
     if weights is None and train is not None:

@@ -22,6 +22,7 @@ from compress.nn.shift import ShiftConv2d
 from compress.nn.taps import taps
 from compress.reconstruct import Equations, Normal
 from compress.refit import MOST_FEATURES
+from compress.surgery import SHARED
 
 AT_ONCE = 32  # images whose copies are in memory together
 
@@ -202,7 +203,7 @@ def why_kept(layer: nn.Module, shared: Collection[int]) -> str:
     if not layer.quantize and (layer.learn or not layer.integer):
         return "it moves by parts of pixels; `ConvertShift`, or `quantize: true` in `Shift`, makes that whole pixels"
     if any(id(parameter) in shared for parameter in layer.parameters()):
-        return "it has a parameter that is another layer's too"
+        return SHARED
     if isinstance(layer, Shift2d):
         return ""
     if parametrize.is_parametrized(layer.pointwise, "weight"):

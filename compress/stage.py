@@ -47,7 +47,8 @@ class Stage(Protocol):
     """A frozen dataclass of settings; calling it compresses (or trains) `model` for `task`.
 
     `kind` is its row in the order table. A stage may also say which it `needs`: names of stages of which one has to
-    stand before it. The given model may be edited in place; the returned one is the one to use.
+    stand before it; that it `trains`, for so many `epochs`; and how many `training_epochs` have to follow it. The given
+    model may be edited in place; the returned one is the one to use.
     """
 
     kind: ClassVar[str]
@@ -88,7 +89,8 @@ RESERVED = ("base", "result")
 
 
 def order_problems(stages: Mapping[str, Stage]) -> list[str]:
-    """Every pair of stages that stands in an order which makes no sense, as sentences. Empty when all is well."""
+    """Every pair of stages that stands in an order which makes no sense, and every schedule without the training that
+    it needs, as sentences. Empty when all is well."""
     names = list(stages)
     problems = [
         f"`stages.{name}` needs another name: the table has a row of its own called {name}."
@@ -103,6 +105,14 @@ def order_problems(stages: Mapping[str, Stage]) -> list[str]:
                     f"`stages.{later}` ({type(stages[later]).__name__}) cannot come after `stages.{earlier}` "
                     f"({type(stages[earlier]).__name__}): {reason.format(later=earlier)}."
                 )
+        needed = getattr(stages[earlier], "training_epochs", 0)
+        behind = [stages[name] for name in names[i + 1 :]]
+        trained = sum(getattr(later, "epochs", 0) for later in behind if getattr(later, "trains", False))
+        if needed > trained:
+            problems.append(
+                f"`stages.{earlier}.epochs` (={needed}) is the length of a schedule that training carries out, and the "
+                f"stages behind it train {trained} epochs; lower it, train longer, or take `schedule: one_shot`."
+            )
     return problems
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from compress.errors import ConfigError
 from compress.stage import Keep, Site
 
+SHARED = "it has a parameter that is another layer's too"
 Rule = Callable[[str, nn.Module], nn.Module]
 
 
@@ -115,14 +116,24 @@ def left_out(
 ) -> dict[str, str]:
     """Why a stage that changes the structure leaves each of the `found` layers alone ("" for those it takes).
 
-    By patterns, see `matching`; and what an operator of `compress.nn` is made of belongs to that operator.
+    By patterns, see `matching`; a parameter that is another layer's too would be so no longer; and what an operator of
+    `compress.nn` is made of belongs to that operator.
     """
-    reasons = matching(list(found), include, exclude)
-    for name in found:
+    reasons, parts, shared = matching(list(found), include, exclude), inside_ours(model, found), tied(model)
+    for name, layer in found.items():
+        bound = SHARED if any(id(parameter) in shared for parameter in layer.parameters()) else ""
+        reasons[name] = reasons[name] or bound or parts[name]
+    return reasons
+
+
+def inside_ours(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """For each layer of these names the operator of `compress.nn` that it is a part of, as a reason; "" for none."""
+    reasons = dict.fromkeys(names, "")
+    for name in reasons:
         steps = name.split(".")
         above = [model.get_submodule(".".join(steps[:depth])) for depth in range(1, len(steps))]
         operator = next((module for module in above if kind(module).__module__.startswith("compress.nn.")), None)
-        if operator is not None and not reasons[name]:
+        if operator is not None:
             reasons[name] = f"it is a part of {describe(operator)}"
     return reasons
 

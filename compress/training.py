@@ -42,6 +42,7 @@ class Training:
     teacher: str = ""
 
     files: ClassVar[tuple[str, ...]] = ("teacher",)  # settings that name files, whose content counts
+    trains: ClassVar[bool] = True
 
 
 def training_problems(settings: Training) -> list[str]:

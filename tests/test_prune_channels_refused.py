@@ -120,7 +120,7 @@ def test_networks_that_cannot_be_followed(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=said):
         thin(inside(Silent()), tmp_path)
-    with pytest.raises(ConfigError, match=r"does not run .* counts on a fixed width; put the layers before that place"):
+    with pytest.raises(ConfigError, match=r"does not run .* counts on a fixed width; put conv into `exclude`"):
         thin(Reshaped(), tmp_path)
 
 
@@ -153,6 +153,9 @@ def test_layers_that_stay_say_why(tmp_path: Path) -> None:
     sites = {site.name: site for site in thin(model, tmp_path, macs=0.95).sites}
     assert sites["1.conv"].why == "1.conv is called 2 times in a forward pass"
     assert sites["2"].after == f"Conv2d(8, {model[2].out_channels}, 3x3)"
+    said = r"closest. These keep all their channels: 0 \(1.conv is called 2 times in a forward pass\), 1.conv \("
+    with pytest.raises(ConfigError, match=said):
+        thin(model, tmp_path, macs=0.1)
     with pytest.raises(ConfigError, match=r"the stage would change nothing.*the network's answers"):
         thin(nn.Sequential(nn.Flatten(), nn.Linear(128, 3)), tmp_path)
 

@@ -15,8 +15,11 @@ from torch.nn.utils import parametrize
 
 from compress.channels.slices import remove_unread, why_not_without
 from compress.channels.unread import without_unread
+from compress.measure import profile
 from compress.nn.masked import MaskedWeight, mask_of, put_mask
 from compress.nn.shift import ShiftConv2d
+from compress.stages import Prune, PruneChannels, Shift
+from compress.task import Work
 
 EXAMPLE = noise_task().example
 
@@ -172,3 +175,23 @@ def test_channels_that_are_read_in_secret_stay() -> None:
     assert thin is model and widths == {}
     assert kept["0"].startswith("1 of 6 channels that nothing reads stay: cutting the channels out changed the answers")
     assert kept["0"].endswith("in a way that the dependency graph does not see")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_depthwise_shift_loses_the_channels_that_pass_it(masked: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+    layers = (nn.Conv2d(8, 12, 1), depthwise, nn.ReLU(), nn.Conv2d(12, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3)).eval()
+    task = noise_task()
+    model = Shift(taps=3, include=["1"], images=16)(model, task, Work(tmp_path)).model
+    if masked:
+        model = Prune(amount=0.3, scope="layer", include=["1"])(model, task, Work(tmp_path)).model
+    before = profile(model, task.example).params
+    edit = PruneChannels(params=0.7, images=16, exclude=["3"])(model, task, Work(tmp_path))
+    after, layer = profile(edit.model, task.example).params, edit.model.get_submodule("1")
+    assert isinstance(layer, ShiftConv2d) and layer.in_channels == layer.out_channels == layer.groups < 12
+    assert after <= 0.7 * before and edit.notes["params"]["achieved"] == round(after / before, 4)  # type: ignore[index,call-overload]
+    assert layer.kernel().shape == (layer.groups, 1, 3, 3) and (mask_of(layer.pointwise) is not None) == masked
+    again = ShiftConv2d(**layer.config())
+    again.load_state_dict(copy.deepcopy(layer).state_dict(), strict=not masked)

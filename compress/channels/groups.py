@@ -6,7 +6,7 @@ checked here, and one that cannot be removed says why.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress.channels.dependencies import dependency_graph, unfollowed
 from compress.nn.shift import ShiftConv2d
 from compress.reconstruct import execution_order
-from compress.surgery import describe, kind
+from compress.surgery import describe, kind, tied
 
 MAKERS = (nn.Conv2d, nn.Linear, ShiftConv2d)  # the layers that make channels
 # What is made of torch's layers has to be able to say its new widths; the sides of its layers that it can say.
@@ -26,6 +26,7 @@ _SAYABLE = {
     "SeparableConv2d": {"pointwise": "o"},
     "GroupedConv2d": {"grouped": "o"},
 }
+ANSWERS = "its channels are the network's answers"
 _INPUT = "its channels are the network's input"
 
 
@@ -96,13 +97,13 @@ def find_groups(model: nn.Module, example: Tensor, calls: Mapping[str, int]) -> 
     Raises:
         ConfigError: the network's forward pass cannot be followed.
     """
-    names = {name: module for name, module in model.named_modules()}
+    names, shared = dict(model.named_modules()), tied(model)
     image = nn.Parameter(example)
     graph, library, place = dependency_graph(model, image)
     groups = []
     try:
         for group in graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)):
-            groups.append(_read(group, graph, library, image, place, names, calls))
+            groups.append(_read(group, graph, library, image, place, names, calls, shared))
     except Exception as error:  # the library follows foreign code
         raise unfollowed(model, error) from error
     order = {name: at for at, name in enumerate(names)}
@@ -117,6 +118,7 @@ def _read(
     place: Mapping[int, str],
     names: Mapping[str, nn.Module],
     calls: Mapping[str, int],
+    shared: Collection[int],
 ) -> ChannelGroup:
     root = place[id(group[0].dep.target.module)]
     width = len(group[0].idxs)
@@ -130,7 +132,7 @@ def _read(
     for item in group:
         node, module = item.dep.target, item.dep.target.module
         if node.type == kinds.OUTPUT:
-            reasons.append("its channels are the network's answers")
+            reasons.append(ANSWERS)
         elif node.type == kinds.PARAMETER:
             reasons.append(_INPUT if module is image else "its channels meet a parameter that belongs to no layer")
         elif node.type in through:
@@ -139,7 +141,7 @@ def _read(
             name = place[id(module)]
             out = graph.is_out_channel_pruning_fn(item.dep.handler)
             member, why, per_group = _member(name, module, out, item.idxs, item.root_idxs, width)
-            reasons.append(why or _why_bound(name, module, member.side, names, calls))
+            reasons.append(why or _why_bound(name, module, member.side, names, calls, shared))
             members.append(member)
             sizes |= {per_group} if per_group else set()
             if member.side == "out":
@@ -149,7 +151,7 @@ def _read(
     if not any(member.side == "out" for member in members):
         reasons.append(_INPUT)
     if not any(member.side == "in" for member in members):
-        reasons.append("its channels are the network's answers")
+        reasons.append(ANSWERS)
     # Of a grouped convolution as many channels have to go in every group: the same ones.
     units = min(sizes, default=width)
     if any(size % units for size in (*sizes, width)):
@@ -208,8 +210,15 @@ def _member(
 
 
 def _why_bound(
-    name: str, module: nn.Module, side: str, names: Mapping[str, nn.Module], calls: Mapping[str, int]
+    name: str,
+    module: nn.Module,
+    side: str,
+    names: Mapping[str, nn.Module],
+    calls: Mapping[str, int],
+    shared: Collection[int],
 ) -> str:
+    if any(id(parameter) in shared for parameter in names[name].parameters()):
+        return f"{name} has a parameter that is another layer's too"
     if calls.get(name, 1) > 1:
         return f"{name} is called {calls[name]} times in a forward pass"
     steps = name.split(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -53,9 +54,25 @@ def remove_unread(
     Raises:
         ConfigError: the network does not run with other widths, or answers otherwise.
     """
+    whole = copy.deepcopy(model)
     why = why_not_without(model, groups, removed, example, branches)
     if why:
-        raise ConfigError(f"{why}; put the layers before that place into `exclude`.")
+        alone = [name for name in removed if _fails_alone(whole, groups, removed, name, example, branches or {})]
+        where = f"put {', '.join(alone)}" if alone else "put the layers before that place"
+        raise ConfigError(f"{why}; {where} into `exclude`.")
+
+
+def _fails_alone(
+    model: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, name: str, example: Tensor, branches: Branches
+) -> bool:
+    """Whether the network is not the same without the units of this group alone."""
+    group = next(group for group in groups if group.name == name)
+    going = {name: removed[name]}
+    if len(removed[name]) == group.units:  # a branch goes with all that is inside it
+        if name not in branches:
+            return False
+        going |= {inner: removed[inner] for inner in branches[name].inner}
+    return bool(why_not_without(copy.deepcopy(model), groups, going, example, branches))
 
 
 @torch.no_grad()
@@ -155,14 +172,18 @@ def _cut_convolution(layer: nn.Conv2d, side: str, leaving: Tensor) -> None:
 
 
 def _cut_shift(layer: ShiftConv2d, side: str, leaving: Tensor) -> None:
-    if side == "in":
+    if side in ("in", "same"):
         stay = _staying(layer.in_channels, leaving)
         _set(layer, "displacement", layer.displacement[stay])
-        _cut_convolution(layer.pointwise, "in", _columns(layer, leaving))
         layer.in_channels = len(stay)
-    else:
-        _cut_convolution(layer.pointwise, "out", leaving)
-        layer.out_channels = layer.pointwise.out_channels
+    if side == "in":
+        _cut_convolution(layer.pointwise, "in", _columns(layer, leaving))
+        return
+    _cut_convolution(layer.pointwise, "out", leaving)
+    layer.out_channels = layer.pointwise.out_channels
+    if side == "same":
+        layer.groups = layer.pointwise.groups = layer.in_channels
+        layer.pointwise.in_channels = layer.in_channels * layer.taps
 
 
 def _columns(layer: ShiftConv2d, channels: Tensor) -> Tensor:
@@ -271,7 +292,7 @@ def _holder(layer: nn.Module, mask: Tensor) -> nn.Linear | nn.Conv2d:
         new = nn.Linear(mask.shape[1], mask.shape[0], bias=False)
     else:
         assert isinstance(layer, nn.Conv2d)
-        groups = len(mask) if 1 < layer.groups == layer.in_channels == layer.out_channels else layer.groups
+        groups = len(mask) if 1 < layer.groups == layer.out_channels else layer.groups
         new = nn.Conv2d(mask.shape[1] * groups, len(mask), layer.kernel_size, groups=groups, bias=False)  # type: ignore[arg-type]  # torch types it as a tuple of any length
     new.weight = nn.Parameter(mask.float())
     return new

@@ -147,12 +147,16 @@ def _macs(module: nn.Module, shape: tuple[int, ...], output: Tensor) -> int:
         return output.numel() * module.in_features
     weight: Tensor = module.weight  # type: ignore[assignment]  # of a convolution
     # A kernel position meets every output element, or, transposed, every input element.
-    positions = shape[-(weight.dim() - 2) :] if surgery.kind(module) in TRANSPOSED else output.shape[2:]
+    positions = shape[-(weight.dim() - 2) :] if isinstance(module, TRANSPOSED) else output.shape[2:]
     return weight.numel() * int(torch.Size(positions).numel())
 
 
 def _is_counted(module: nn.Module) -> bool:
-    return surgery.is_ours(module) or surgery.kind(module) in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+    """Layers of ours, torch's, and those that are torch's but for how their weights are made."""
+    known = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+    return surgery.is_ours(module) or any(
+        isinstance(module, each) and surgery.kind(module).forward is each.forward for each in known
+    )
 
 
 def _is_uncounted(module: nn.Module, work: _Work) -> bool:

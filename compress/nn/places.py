@@ -188,6 +188,15 @@ class _Tracer(fx.Tracer):
         finally:
             self.path.pop()
 
+    def create_arg(self, a: Any) -> Any:
+        # A tensor that a forward pass makes is kept on the model under a new name each time, unless it is known.
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
+            for name, known in vars(self.root).items():
+                if name.startswith("_tensor_constant") and isinstance(known, Tensor) and _alike(known, a):
+                    self.tensor_attrs[a] = name
+                    break
+        return super().create_arg(a)
+
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
         if kind == "output":
@@ -199,6 +208,10 @@ class _Tracer(fx.Tracer):
         self.seen[path, operator] += 1
         node.meta["place"] = f"{path}:{operator}:{count}"
         return node
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -36,7 +36,17 @@ from compress.errors import ConfigError, DataError
 from compress.nn.clustered import ClusteredWeight, share_weight
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
 from compress.stage import Edit, Keep, Site
-from compress.surgery import by_pattern, describe, kind, layers_and_ours, matching, require_change, tied, weighted
+from compress.surgery import (
+    SHARED,
+    by_pattern,
+    describe,
+    kind,
+    layers_and_ours,
+    matching,
+    require_change,
+    tied,
+    weighted,
+)
 from compress.task import Task, Work
 
 STARTS = ("linear", "density")
@@ -116,7 +126,7 @@ class Cluster:
         if not inner:
             raise Keep("it only displaces its input: there are no weights to share")
         if any(id(parameter) in shared for parameter in layer.parameters()):
-            raise Keep("it has a parameter that is another layer's too")
+            raise Keep(SHARED)
         large = [module for module in inner if _weight(module).numel() >= 2 * 2**bits]
         if not large:
             most = max(_weight(module).numel() for module in inner)

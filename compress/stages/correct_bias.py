@@ -37,7 +37,7 @@ from compress.nn.quantized import FakeQuantizeWeight
 from compress.quantization import without_grids
 from compress.reconstruct import execution_order, plain_images, seen_by
 from compress.stage import Edit, Site
-from compress.surgery import describe, kind, layers_and_ours, left_out, matching, output_layers, require_change
+from compress.surgery import describe, inside_ours, kind, layers_and_ours, matching, output_layers, require_change
 from compress.task import Task, Work
 from compress.walk import Walk
 
@@ -72,7 +72,7 @@ class CorrectBias:
         was_training = model.training
         model.eval()
         calls = execution_order(model, found, task.example.to(task.device))
-        parts = left_out(model, found, (), ())
+        parts = inside_ours(model, found)
         for name, layer in found.items():
             kept[name] = kept[name] or self._why_kept(layer, calls.get(name, 0), parts[name])
         sites = tuple(

@@ -49,7 +49,7 @@ from compress.quantization import is_quantized
 from compress.reconstruct import Pairs, execution_order, plain_images
 from compress.refit import refit, why_not
 from compress.stage import Edit, Site
-from compress.surgery import by_pattern, describe, layers_and_ours, matching, require_change, tied, weighted
+from compress.surgery import SHARED, by_pattern, describe, layers_and_ours, matching, require_change, tied, weighted
 from compress.task import Task, Work
 
 SCOPES = ("global", "layer")
@@ -125,6 +125,11 @@ class Prune:
                 )
 
     @property
+    def training_epochs(self) -> float:
+        """How many epochs of training behind this stage its schedule takes."""
+        return 0 if self.schedule == "one_shot" else self.epochs
+
+    @property
     def _amount(self) -> float:
         if self.pattern:
             n, m = parsed(self.pattern)
@@ -180,7 +185,7 @@ class Prune:
             for name, layer in found.items()
         )
         require_change(sites)
-        notes: dict[str, Any] = {"requested": _asked(parts), "achieved": _share(parts)}
+        notes: dict[str, Any] = {"requested": _asked(parts), "planned" if steps else "achieved": _share(parts)}
         notes["zeros"] = {name: _share(inner) for name, inner in each.items() if inner}
         emptied = {name: sum(part.emptied for part in inner) for name, inner in each.items()}
         notes |= {"emptied_outputs": {name: n for name, n in emptied.items() if n}} if any(emptied.values()) else {}
@@ -203,7 +208,7 @@ class Prune:
         if not inner:
             return "it only displaces its input: there are no weights to prune"
         if any(id(parameter) in shared for parameter in layer.parameters()):
-            return "it has a parameter that is another layer's too"
+            return SHARED
         for part in inner:
             if parametrize.is_parametrized(part, "weight") and (
                 len(part.parametrizations.weight) > 1 or mask_of(part) is None  # type: ignore[union-attr,arg-type]  # untyped

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from compress.channels.branches import Branches, removable_branches
 from compress.channels.budget import allowed, by_harm, levels, uniform
 from compress.channels.costs import MEASURES, Costs
-from compress.channels.groups import MAKERS, ChannelGroup, removable
+from compress.channels.groups import ANSWERS, MAKERS, ChannelGroup, removable
 from compress.channels.on_demand import MOST_BYTES, OnDemand, bytes_an_image
 from compress.channels.scores import SCORES, taylor_scores, unit_scores
 from compress.channels.slices import bake_masks, finite_answers, put_masks, remove, remove_unread
@@ -61,6 +61,7 @@ from compress.time_budget import reached_in_time
 AMOUNTS = (*MEASURES, "latency")
 ALLOCATIONS = ("sensitivity", "uniform")
 JUDGES = 256  # images on which the groups' harm is measured
+MOST_SAID = 8  # layers that a message names
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class PruneChannels:
             branches = removable_branches(model, free, left_out, example)
         counts = {group.name: allowed(group, self.multiple, self.floor, group.name in branches) for group in free}
         original = copy.deepcopy(model)
-        order, left, told = self._decided(plan, counts, branches, task, work, example)
+        order, left, told = self._decided(plan, counts, branches, reasons, task, work, example)
         work.progress.start("channels", len(plan.readers))
         gone = plan.thin(original, order, left, self.by == "reconstruction", work.progress.step)
         work.progress.end()
@@ -162,6 +163,7 @@ class PruneChannels:
         plan: Thinning,
         counts: Mapping[str, Sequence[int]],
         branches: Branches,
+        reasons: Mapping[str, str],
         task: Task,
         work: Work,
         example: Tensor,
@@ -175,7 +177,7 @@ class PruneChannels:
             raise ConfigError(
                 f"`{self.amount}` (={requested}) cannot be reached: with the fewest channels that `floor` "
                 f"(={self.floor}) and `multiple` (={self.multiple}) allow, {math.ceil(1000 * least / whole) / 1000} "
-                "is left; that is the closest."
+                f"is left; that is the closest{_said(reasons)}."
             )
         order, harms = self._measured(plan, counts, task, work)
 
@@ -228,6 +230,13 @@ class PruneChannels:
                 harms[group.name] = plan.harms(group, order[group.name], some, equations, walk, wanted)
         work.progress.end()
         return order, harms
+
+
+def _said(reasons: Mapping[str, str]) -> str:
+    """Which layers keep all their channels, and why; that the last one does goes without saying."""
+    kept = [f"{name} ({why})" for name, why in reasons.items() if why not in ("", ANSWERS)]
+    more = f", and {len(kept) - MOST_SAID} more" if len(kept) > MOST_SAID else ""
+    return f". These keep all their channels: {', '.join(kept[:MOST_SAID])}{more}" if kept else ""
 
 
 def _without(plan: Thinning, order: Mapping[str, Tensor], left: Mapping[str, int], branches: Branches) -> nn.Module:
