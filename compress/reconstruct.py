@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import DataError
+from compress.gram import gram as gram_of
 from compress.surgery import describe
 from compress.task import Batches
 from compress.walk import Walk
 from compress.windows import windows, windows_at
 
 ROWS = 1 << 19  # at most so many (image, position) pairs a layer: more change nothing but the time
-LEAST_BLOCK = 128  # features: smaller products of matrices take no less time than larger ones
 
 
 class _Stop(Exception):
@@ -155,7 +155,7 @@ class Equations:
         a, b = _by_group(rows, layer.groups), _by_group(targets, layer.groups)
         if self.bias:
             a = torch.cat((a, a.new_ones(a.shape[0], 1, a.shape[2])), 1)
-        parts = [part.cpu().double() for part in (_gram(a), a @ b.mT, b.square().sum((1, 2)))]
+        parts = [part.cpu().double() for part in (gram_of(a), a @ b.mT, b.square().sum((1, 2)))]
         self.parts = [mine + more for mine, more in zip(self.parts, parts, strict=True)] if self.parts else parts
 
     def normal(self, name: str = "") -> Normal:
@@ -206,17 +206,6 @@ def own_equations(
         for hook in hooks:
             hook.remove()
     return {name: equations.normal(name) for name, equations in each.items()}
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """rows rows' of (..., F, N); of blocks that are each other's mirror image, one is computed."""
-    half = rows.shape[-2] // 2
-    if half < LEAST_BLOCK:
-        return rows @ rows.mT
-    top, bottom = rows[..., :half, :], rows[..., half:, :]
-    corner = top @ bottom.mT
-    upper, lower = torch.cat((_gram(top), corner), -1), torch.cat((corner.mT, _gram(bottom)), -1)
-    return torch.cat((upper, lower), -2)
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:

@@ -22,7 +22,7 @@ from compress.nn.shift import ShiftConv2d
 from compress.nn.taps import taps
 from compress.reconstruct import Equations, Normal
 from compress.refit import MOST_FEATURES
-from compress.surgery import SHARED
+from compress.surgery import why_shared
 
 AT_ONCE = 32  # images whose copies are in memory together
 
@@ -202,8 +202,8 @@ def why_kept(layer: nn.Module, shared: Collection[int]) -> str:
     assert isinstance(layer, ShiftConv2d | Shift2d)
     if not layer.quantize and (layer.learn or not layer.integer):
         return "it moves by parts of pixels; `ConvertShift`, or `quantize: true` in `Shift`, makes that whole pixels"
-    if any(id(parameter) in shared for parameter in layer.parameters()):
-        return SHARED
+    if why := why_shared(layer, shared):
+        return why
     if isinstance(layer, Shift2d):
         return ""
     if parametrize.is_parametrized(layer.pointwise, "weight"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -12,7 +12,6 @@ from torch.nn.utils import parametrize
 from compress.errors import ConfigError
 from compress.stage import Keep, Site
 
-SHARED = "it has a parameter that is another layer's too"
 Rule = Callable[[str, nn.Module], nn.Module]
 
 
@@ -121,8 +120,7 @@ def left_out(
     """
     reasons, parts, shared = matching(list(found), include, exclude), inside_ours(model, found), tied(model)
     for name, layer in found.items():
-        bound = SHARED if any(id(parameter) in shared for parameter in layer.parameters()) else ""
-        reasons[name] = reasons[name] or bound or parts[name]
+        reasons[name] = reasons[name] or why_shared(layer, shared) or parts[name]
     return reasons
 
 
@@ -147,6 +145,12 @@ def tied(model: nn.Module) -> set[int]:
     """The parameters that stand in several modules, by `id`."""
     held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     return {parameter for parameter, holders in held.items() if holders > 1}
+
+
+def why_shared(layer: nn.Module, shared: Collection[int]) -> str:
+    """That one of a layer's parameters is among these, which `tied` gave; "" where none is."""
+    held = any(id(parameter) in shared for parameter in layer.parameters())
+    return "it has a parameter that is another layer's too" if held else ""
 
 
 def output_layers(layer: nn.Module) -> tuple[nn.Module, ...]:

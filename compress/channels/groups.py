@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress.channels.dependencies import dependency_graph, unfollowed
 from compress.nn.shift import ShiftConv2d
 from compress.reconstruct import execution_order
-from compress.surgery import describe, kind, tied
+from compress.surgery import describe, kind, tied, why_shared
 
 MAKERS = (nn.Conv2d, nn.Linear, ShiftConv2d)  # the layers that make channels
 # What is made of torch's layers has to be able to say its new widths; the sides of its layers that it can say.
@@ -217,7 +217,7 @@ def _why_bound(
     calls: Mapping[str, int],
     shared: Collection[int],
 ) -> str:
-    if any(id(parameter) in shared for parameter in names[name].parameters()):
+    if why_shared(names[name], shared):
         return f"{name} has a parameter that is another layer's too"
     if calls.get(name, 1) > 1:
         return f"{name} is called {calls[name]} times in a forward pass"

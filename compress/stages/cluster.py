@@ -37,7 +37,6 @@ from compress.nn.clustered import ClusteredWeight, share_weight
 from compress.nn.quantized import FakeQuantize, FakeQuantizeWeight
 from compress.stage import Edit, Keep, Site
 from compress.surgery import (
-    SHARED,
     by_pattern,
     describe,
     kind,
@@ -46,6 +45,7 @@ from compress.surgery import (
     require_change,
     tied,
     weighted,
+    why_shared,
 )
 from compress.task import Task, Work
 
@@ -125,8 +125,8 @@ class Cluster:
         inner = weighted(layer)
         if not inner:
             raise Keep("it only displaces its input: there are no weights to share")
-        if any(id(parameter) in shared for parameter in layer.parameters()):
-            raise Keep(SHARED)
+        if why := why_shared(layer, shared):
+            raise Keep(why)
         large = [module for module in inner if _weight(module).numel() >= 2 * 2**bits]
         if not large:
             most = max(_weight(module).numel() for module in inner)

@@ -49,7 +49,7 @@ from compress.quantization import is_quantized
 from compress.reconstruct import Pairs, execution_order, plain_images
 from compress.refit import refit, why_not
 from compress.stage import Edit, Site
-from compress.surgery import SHARED, by_pattern, describe, layers_and_ours, matching, require_change, tied, weighted
+from compress.surgery import by_pattern, describe, layers_and_ours, matching, require_change, tied, weighted, why_shared
 from compress.task import Task, Work
 
 SCOPES = ("global", "layer")
@@ -207,8 +207,8 @@ class Prune:
         inner = weighted(layer)
         if not inner:
             return "it only displaces its input: there are no weights to prune"
-        if any(id(parameter) in shared for parameter in layer.parameters()):
-            return SHARED
+        if why := why_shared(layer, shared):
+            return why
         for part in inner:
             if parametrize.is_parametrized(part, "weight") and (
                 len(part.parametrizations.weight) > 1 or mask_of(part) is None  # type: ignore[union-attr,arg-type]  # untyped
