@@ -11,8 +11,8 @@ import json
 import sys
 from typing import Any
 
-from alexnet_fire import FOLDER, SMALL_TEACHER, TAUGHT, make_teacher
-from common import RESULTS, compress, data_root, figures, record
+from alexnet_fire import FOLDER, SMALL_TEACHER, TAUGHT
+from common import RESULTS, cifar, compress, data_root, figures, record, teacher
 
 DEEP = (
     "recipe=deep_compression",
@@ -32,7 +32,7 @@ ROWS = {
 
 
 def main() -> None:
-    make_teacher()
+    teacher(FOLDER, *cifar("resnet56"))
     file = RESULTS / "alexnet_deep.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     known = {row["name"] for row in rows}

@@ -12,7 +12,7 @@ import json
 import sys
 from typing import Any
 
-from common import RESULTS, ROOT, cifar, compress, data_root, figures, record
+from common import RESULTS, ROOT, cifar, compress, data_root, figures, record, teacher
 
 FOLDER = ROOT / "outputs" / "benchmarks" / "alexnet_fire"
 SEEDS = (0, 1, 2)
@@ -22,16 +22,8 @@ TAUGHT = (*BASE, f"+model.train.teacher={TEACHER}")
 SMALL_TEACHER = f"+stages.recover.teacher={TEACHER}"
 
 
-def make_teacher() -> None:
-    """A checkpoint of the published ResNet-56: the base of a run that does next to nothing with it."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    if not TEACHER.exists():
-        fold = "+stages.fold={_target_:compress.stages.FoldBatchNorm}"
-        compress(FOLDER, fold, *cifar("resnet56"), "measure=none", "export=[]", out="teacher")
-
-
 def main() -> None:
-    make_teacher()
+    teacher(FOLDER, *cifar("resnet56"))
     file = RESULTS / "alexnet_fire.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     known = {row["seed"] for row in rows}

@@ -27,7 +27,6 @@ from compress.task import Task, Work
 MODEL, MACS = "resnet56", 0.47
 ROWS: dict[str, tuple[str, ...]] = {  # name -> what differs from the recipe
     "ours": (),
-    "ours-100": ("stages.recover.epochs=100",),
     "ours-l1": ("stages.blocks.by=l1", "stages.channels.by=l1"),
     "torch-pruning": ("~stages.blocks", "stages.channels={_target_:channels.TorchPruning}"),
 }

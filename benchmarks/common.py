@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -50,8 +51,20 @@ def compress(folder: Path, *overrides: str, out: str = "out") -> tuple[dict[str,
     return json.loads(newest.read_text(encoding="utf-8")), seconds
 
 
+def teacher(folder: Path, *overrides: str) -> Path:
+    """A checkpoint to learn from, made once in `folder`: the base of a run that does next to nothing with it."""
+    made = folder / "teacher" / "base.safetensors"
+    if not made.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        fold = "+stages.fold={_target_:compress.stages.FoldBatchNorm}"
+        compress(folder, fold, *overrides, "measure=none", "export=[]", out="teacher")
+    return made
+
+
 def _what(recipe: str, model: str, seed: int, arguments: Sequence[str]) -> dict[str, Any]:
+    """What a run is known by; of a teacher the name of its file, wherever that lies."""
     stages = sorted(each for each in arguments if each.lstrip("+~").startswith("stages."))
+    stages = [re.sub(r"(teacher=).*/", r"\1", each) for each in stages]
     return {"recipe": recipe, "model": model, "seed": seed, "stages": stages}
 
 

@@ -1,7 +1,7 @@
 """The papers' CIFAR-10 tables, trained from nothing: `papers.py [--full] [NET[/SEED] ...]`.
 
 With `--full` the published protocol: 164 epochs, batches of 128, learning rate 0.1 (a tenth after half of the epochs, a
-hundredth after three quarters), weight decay 5e-4, seeds 0, 1, 2. Without it a SHORTENED one, named so in its file and
+hundredth after three quarters), weight decay 5e-4, seeds 0, 1, 2. Without it a SHORTENED one, named so in its rows and
 table: 10 epochs with a cosine, the same seeds. A run that was killed goes on with the epoch it was in. One image of the
 50,000 is held out and not trained on.
 """
@@ -78,7 +78,8 @@ def trained(name: str, seed: int, protocol: str) -> dict[str, Any]:
 def main() -> None:
     named = [name for name in sys.argv[1:] if name != "--full"]
     protocol = "full" if "--full" in sys.argv else "shortened"
-    file = RESULTS / f"papers-{protocol}.json"
+    stored, arguments = ("papers-full", ["--full"]) if protocol == "full" else ("papers", [])
+    file = RESULTS / f"{stored}.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     known = {(row["net"], row["seed"]) for row in rows}
     every = [(name, seed) for seed in SEEDS for name in NETS]
@@ -87,8 +88,7 @@ def main() -> None:
         if name not in NETS:
             sys.exit(f"{name} is not one of {', '.join(NETS)}")
         rows = [row for row in rows if (row["net"], row["seed"]) != (name, seed)] + [trained(name, seed, protocol)]
-        arguments = ["--full"] if protocol == "full" else []
-        record(f"papers-{protocol}", rows, "papers", arguments, data="CIFAR-10, 10,000 test images")
+        record(stored, rows, "papers", arguments, data="CIFAR-10, 10,000 test images")
 
 
 if __name__ == "__main__":

@@ -25,12 +25,16 @@ def off_the_map(model: nn.Module, example: Tensor) -> list[str]:
     was_training = model.training
     try:
         with torch.no_grad():
-            model.eval()(example[:1])
+            model.eval()(example[:1].to(_device(model)))
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
     return list(found.values())
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
 
 def _gives_zeros_outside(module: nn.Module) -> bool:

@@ -64,6 +64,11 @@ def quick(name: str) -> tuple[nn.Module, Tensor]:
     return model.eval(), torch.randn(2, 3, side, side)
 
 
+def resnet20_params(w: int) -> int:
+    convolutions = 9 * (3 * w + 6 * w**2 + w * 2 * w + 5 * 4 * w**2 + 2 * w * 4 * w + 5 * 16 * w**2)
+    return convolutions + 2 * (w + 6 * w + 6 * 2 * w + 6 * 4 * w) + 10 * (4 * w + 1)
+
+
 def squeezenet_params(kernel: int, width: int) -> int:
     fires = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
     total = kernel**2 * 3 * width + width
@@ -113,6 +118,8 @@ def alexnet_params(side: int) -> int:
         ("mobilenet_v1", {"width": 0.75}, mobilenet_v1_params(0.75), 2_585_560),
         ("mobilenet_v2", {}, mobilenet_v2_params(1000), 3_504_872),
         ("mobilenet_v2", {"classes": 10, "strides": SMALL_STRIDES}, mobilenet_v2_params(10), 2_236_682),
+        ("resnet20", {}, resnet20_params(16), 269_722),
+        ("resnet20", {"width": 32}, resnet20_params(32), 1_073_962),
         ("se_resnet20", {}, 269_722 + se_params(3), 272_782),
         ("se_resnet20", {"shortcut": "conv"}, 272_474 + se_params(3), 275_534),
         ("se_resnet56", {}, 853_018 + se_params(9), 862_198),
@@ -237,6 +244,7 @@ def test_padding_on_one_side_is_exported(export: Callable[..., Any], tmp_path: P
         ("mobilenet_v2", {"width": math.inf}, r"`width` \(=inf\) must be a finite number above 0"),
         ("mobilenet_v2", {"strides": [2, 2]}, r"`strides` \(=\[2, 2\]\) must be 8 times 1 or 2"),
         ("mobilenet_v2", {"strides": [3] * 8}, r"must be 8 times 1 or 2: for the first convolution and the 7 groups"),
+        ("resnet56", {"width": 0}, r"`width` \(=0\) must be at least 1; the paper has 16"),
         ("se_resnet20", {"reduction": 0}, r"`reduction` \(=0\) must be at least 1"),
         ("alexnet", {"size": 7}, r"`size` \(=7\) must be at least 8 pixels"),
     ],

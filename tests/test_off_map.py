@@ -61,3 +61,8 @@ def test_fixed_directions_off_the_map_are_refused_by_the_stage(tmp_path: Path) -
     stage = Shift(taps=1, places="grouped", exclude=["0"], images=32)
     with pytest.raises(ConfigError, match=r"`2` displaces 8 of 9 copies of channels off its map of 1x1 .* `exclude`"):
         stage(model, noise_task((2, 8, 8)), Work(tmp_path))
+
+
+def test_images_may_lie_on_another_device_than_a_base_that_has_just_been_made() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()).to("meta")
+    assert off_the_map(model, torch.zeros(1, 2, 8, 8)) == []

@@ -1,4 +1,4 @@
-"""CIFAR residual networks of depth 6n + 2.
+"""CIFAR residual networks of depth 6n + 2. `width` is the number of channels of the first stage; the paper has 16.
 
 He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
 """
@@ -66,6 +66,8 @@ class CifarResNet(nn.Module):
         super().__init__()
         if (depth - 2) % 6 or depth < 8:
             raise ConfigError(f"`depth` (={depth}) must be 6n + 2, such as 20, 32, 44, 56 or 110.")
+        if width < 1:
+            raise ConfigError(f"`width` (={width}) must be at least 1; the paper has 16.")
         if shortcut not in ("pad", "conv"):
             raise ConfigError(f"`shortcut` (={shortcut!r}) must be 'pad' (no parameters) or 'conv' (1x1 convolution).")
         if reduction is not None and reduction < 1:
@@ -96,29 +98,29 @@ def _group(
     return nn.Sequential(first, *rest)
 
 
-def resnet20(classes: int = 10, channels: int = 3, shortcut: str = "pad") -> CifarResNet:
+def resnet20(classes: int = 10, channels: int = 3, shortcut: str = "pad", width: int = 16) -> CifarResNet:
     """ResNet-20 for 32x32 images: 269,722 parameters with the `pad` shortcut, 272,474 with `conv`."""
-    return CifarResNet(20, classes, channels, shortcut, width=16)
+    return CifarResNet(20, classes, channels, shortcut, width)
 
 
-def resnet32(classes: int = 10, channels: int = 3, shortcut: str = "pad") -> CifarResNet:
+def resnet32(classes: int = 10, channels: int = 3, shortcut: str = "pad", width: int = 16) -> CifarResNet:
     """ResNet-32 for 32x32 images."""
-    return CifarResNet(32, classes, channels, shortcut, width=16)
+    return CifarResNet(32, classes, channels, shortcut, width)
 
 
-def resnet44(classes: int = 10, channels: int = 3, shortcut: str = "pad") -> CifarResNet:
+def resnet44(classes: int = 10, channels: int = 3, shortcut: str = "pad", width: int = 16) -> CifarResNet:
     """ResNet-44 for 32x32 images."""
-    return CifarResNet(44, classes, channels, shortcut, width=16)
+    return CifarResNet(44, classes, channels, shortcut, width)
 
 
-def resnet56(classes: int = 10, channels: int = 3, shortcut: str = "pad") -> CifarResNet:
+def resnet56(classes: int = 10, channels: int = 3, shortcut: str = "pad", width: int = 16) -> CifarResNet:
     """ResNet-56 for 32x32 images: 853,018 parameters with the `pad` shortcut, 855,770 with `conv`."""
-    return CifarResNet(56, classes, channels, shortcut, width=16)
+    return CifarResNet(56, classes, channels, shortcut, width)
 
 
-def resnet110(classes: int = 10, channels: int = 3, shortcut: str = "pad") -> CifarResNet:
+def resnet110(classes: int = 10, channels: int = 3, shortcut: str = "pad", width: int = 16) -> CifarResNet:
     """ResNet-110 for 32x32 images: 1,730,714 parameters with the `conv` shortcut."""
-    return CifarResNet(110, classes, channels, shortcut, width=16)
+    return CifarResNet(110, classes, channels, shortcut, width)
 
 
 def small(classes: int = 10, channels: int = 1) -> CifarResNet:
