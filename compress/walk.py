@@ -35,7 +35,15 @@ class Walk:
             self.done.setdefault(max((place[user] for user in node.users), default=place[node]), []).append(node)
         self.known: list[dict[fx.Node, Any]] = [{} for _ in images]
         self.position = 0
-        self._require_small()
+        self.layout = torch.channels_last  # in which convolutions take less time
+        try:
+            held = self._held()
+        except RuntimeError:  # a forward that takes views of its maps wants them in the plain layout
+            self.layout = torch.contiguous_format
+            held = self._held()
+        total = held * sum(map(len, images))
+        if total > MOST_BYTES:
+            raise ValueError(f"{total:,} bytes of tensors at a time are too many")
 
     def inputs(self, layer: nn.Module) -> list[Tensor] | None:
         """What `layer` gets for each batch of images; None where it was passed already, or is not called."""
@@ -76,7 +84,7 @@ class Walk:
         node = self.nodes[at]
         args, kwargs = (fx.map_arg(given, known.__getitem__) for given in (node.args, node.kwargs))
         if node.op == "placeholder":
-            known[node] = batch
+            known[node] = batch.contiguous(memory_format=self.layout)
         elif node.op == "get_attr":
             known[node] = reduce(getattr, str(node.target).split("."), self.model)
         elif node.op == "call_module":
@@ -87,8 +95,8 @@ class Walk:
             assert callable(node.target)
             known[node] = node.target(*args, **kwargs)
 
-    def _require_small(self) -> None:
-        """Raise ValueError where the images together would hold too much at a time, judged by one of them."""
+    def _held(self) -> int:
+        """How many bytes one image holds at a time at most."""
         known: dict[fx.Node, Any] = {}
         most = 0
         with torch.no_grad():
@@ -96,6 +104,4 @@ class Walk:
                 self._execute(at, known, self.images[0][:1])
                 held = {id(value): value for value in known.values() if isinstance(value, Tensor)}
                 most = max(most, sum(value.numel() * value.element_size() for value in held.values()))
-        total = most * sum(map(len, self.images))
-        if total > MOST_BYTES:
-            raise ValueError(f"{total:,} bytes of tensors at a time are too many")
+        return most

@@ -7,23 +7,37 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-ROUNDS = 10  # of orthogonal iteration: what follows fits on data anyway
+ROUNDS = 10  # of orthogonal iteration, at most
 CP_ROUNDS = 100
 
 
-def partial_tucker(tensor: Tensor, ranks: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def partial_tucker(tensor: Tensor, ranks: tuple[int, int], rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor]:
     """U (C, r), core (r, P, s) and W (T, s), the last two axes' mode as it is: tensor (C, P, T) ~ core x U x W.
 
-    By higher-order orthogonal iteration; U and W have orthonormal columns.
+    By higher-order orthogonal iteration, at most so many `rounds`; U and W have orthonormal columns.
     """
     from tensorly.decomposition import partial_tucker as hooi
 
-    (core, (first, last)), _ = hooi(tensor.numpy(), rank=list(ranks), modes=[0, 2], n_iter_max=ROUNDS, tol=1e-3)
+    rules: dict[str, Any] = {"n_iter_max": rounds, "tol": 1e-3, "svd": _wide_svd}
+    (core, (first, last)), _ = hooi(tensor.numpy(), rank=list(ranks), modes=[0, 2], **rules)
     return (*(torch.from_numpy(part.copy()) for part in (first, core, last)),)  # type: ignore[return-value]  # three
+
+
+def _wide_svd(matrix: Any, n_eigenvecs: int, **_: Any) -> tuple[Any, Any, Any]:
+    """The largest singular values of a matrix (NumPy's) and their vectors, for few rows and many columns.
+
+    From its rows' products with each other: in a fraction of the time, small singular values only to 1e-8.
+    """
+    squares, left = np.linalg.eigh(matrix @ matrix.T)
+    values = np.sqrt(np.maximum(squares[::-1][:n_eigenvecs], np.finfo(matrix.dtype).tiny))
+    left = left[:, ::-1][:, :n_eigenvecs]
+    return left, values, left.T @ matrix / values[:, None]
 
 
 def cp(tensor: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, ...]:

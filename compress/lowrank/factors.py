@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.lowrank.decompose import cp, partial_tucker
+from compress.lowrank.decompose import ROUNDS, cp, partial_tucker
 from compress.reconstruct import Normal
 
 ENOUGH = 1e-3  # a round that lowers the squared error by a smaller share is the last
@@ -111,9 +111,11 @@ class Problem:
         return cls(gram + added * identity, cross, shape)
 
     def gain(self, factors: Factors) -> float:
-        """By how much the squared error is below that of an output which is always zero."""
-        weights = factors.kernel().flatten(0, 1)
-        return float((weights * (2 * self.cross - self.gram @ weights)).sum())
+        """By how much the squared error is below that of an output which is always zero.
+
+        The core has to be the best one between the other two, as `regress` makes it: V'GV is then V'C.
+        """
+        return float((factors.kernel().flatten(0, 1) * self.cross).sum())
 
     @property
     def tensor(self) -> Tensor:
@@ -145,8 +147,11 @@ def root(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * scale @ vectors.mT, vectors / scale @ vectors.mT
 
 
-def truncated(kernel: Tensor, ranks: Ranks) -> Factors:
-    """The factors nearest to a kernel (channels, positions, outputs), every weight counting alike."""
+def truncated(kernel: Tensor, ranks: Ranks, rounds: int = ROUNDS) -> Factors:
+    """The factors nearest to a kernel (channels, positions, outputs), every weight counting alike.
+
+    `rounds` of orthogonal iteration at most, where both ranks are below the kernel's own.
+    """
     channels, _, outputs = kernel.shape
     first, last = (torch.eye(size, dtype=kernel.dtype) for size in (channels, outputs))
     if ranks == (channels, outputs):
@@ -158,7 +163,7 @@ def truncated(kernel: Tensor, ranks: Ranks) -> Factors:
         left, values, right = torch.linalg.svd(kernel.flatten(1), full_matrices=False)
         core = (values.unsqueeze(1) * right)[: ranks[0]].view(-1, *kernel.shape[1:])
         return Factors(left[:, : ranks[0]], core, last)
-    return Factors(*partial_tucker(kernel, ranks))
+    return Factors(*partial_tucker(kernel, ranks, rounds))
 
 
 def factorize(problem: Problem, ranks: Ranks, rounds: int) -> Factors:
@@ -172,7 +177,7 @@ def factorize(problem: Problem, ranks: Ranks, rounds: int) -> Factors:
     covariance = problem.tensor.diagonal(dim1=1, dim2=3).sum(-1) / shape.positions
     weighted, back = root(covariance)
     dense = problem.dense()
-    start = truncated(torch.tensordot(weighted, dense, 1), ranks).first
+    start = truncated(torch.tensordot(weighted, dense, 1), ranks, rounds=1).first  # the fit on data goes on from it
     factors = regress(problem, torch.linalg.qr(back @ start).Q, ranks[1])
     gain = problem.gain(factors)
     whole = float((dense.flatten(0, 1) * problem.cross).sum())  # what no rank can exceed
