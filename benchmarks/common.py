@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,8 +48,12 @@ def compress(folder: Path, *overrides: str, out: str = "out") -> tuple[dict[str,
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(Path(__file__).parent))))
     subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr, env=os.environ | {"PYTHONPATH": path})
     seconds = time.perf_counter() - started
-    newest = max(folder.glob(f"{out}*/report.json"), key=lambda file: file.stat().st_mtime)
-    return json.loads(newest.read_text(encoding="utf-8")), seconds
+    return json.loads((newest(folder, out) / "report.json").read_text(encoding="utf-8")), seconds
+
+
+def newest(folder: Path, out: str) -> Path:
+    """Where the last run into `folder/out` that ended put its files: a folder that is in use gets a number."""
+    return max(folder.glob(f"{out}*/report.json"), key=lambda file: file.stat().st_mtime).parent
 
 
 def teacher(folder: Path, *overrides: str) -> Path:
@@ -56,6 +61,7 @@ def teacher(folder: Path, *overrides: str) -> Path:
     made = folder / "teacher" / "base.safetensors"
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(made.parent, ignore_errors=True)  # of a run that was killed; what it computed is in the store
         fold = "+stages.fold={_target_:compress.stages.FoldBatchNorm}"
         compress(folder, fold, *overrides, "measure=none", "export=[]", out="teacher")
     return made

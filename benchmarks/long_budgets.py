@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, cifar, compress, data_root, figures, finished, record, teacher
+from common import RESULTS, ROOT, cifar, compress, data_root, figures, finished, newest, record, teacher
 
 FOLDER = ROOT / "outputs" / "benchmarks" / "long_budgets"
 DATA = ("data.val_images=1000", "data.batch_size=256")
@@ -34,7 +34,7 @@ def run(name: str, ended: str) -> dict[str, Any]:
         learned = teacher(FOLDER, *TEACHER, *DATA, "data=cifar10", f"data.root={data_root()}")
         what = (f"recipe={recipe}", *cifar(model), *DATA, *settings, f"+stages.recover.teacher={learned}")
         compress(FOLDER, *what, "measure=none", "export=[]", out=name)
-        ended = str(FOLDER / name)
+        ended = str(newest(FOLDER, name))
         report = json.loads((learned.parent / "report.json").read_text(encoding="utf-8"))
         seen = {"teacher_top1": report["rows"][0]["accuracy"]["top1"]}
     report = finished(Path(ended), recipe, model, (*settings, "+stages.recover.teacher=base.safetensors"))
