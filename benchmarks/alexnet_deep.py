@@ -16,15 +16,19 @@ from common import RESULTS, cifar, compress, data_root, figures, record, teacher
 
 DEEP = (
     "recipe=deep_compression",
-    "stages.prune.amount=0.975",
+    "stages.prune.amount=0.965",
     "stages.prune.epochs=4",
     "stages.recover.epochs=6",
-    "stages.polish.epochs=2",
+    "stages.recover.distill=0.7",
+    "stages.cluster.bits=5",
+    "stages.polish.epochs=3",
+    "stages.polish.distill=0.7",
 )
 PRUNE = "+stages.prune={_target_:compress.stages.Prune,amount:0.6,schedule:cubic,epochs:6}"
 THIN = "+stages.thin={_target_:compress.stages.FineTune,epochs:10,lr:0.02,distill:0.5}"
 CLUSTER = "+stages.cluster={_target_:compress.stages.Cluster,bits:4}"
 POLISH = "+stages.polish={_target_:compress.stages.FineTune,epochs:4,lr:2e-3,distill:0.5}"
+POLISH_TEACHER = SMALL_TEACHER.replace("recover", "polish")
 ROWS = {
     "deep": DEEP,
     "fire": ("recipe=alexnet_fire", PRUNE, THIN, CLUSTER, POLISH),
@@ -39,7 +43,7 @@ def main() -> None:
     for name in sys.argv[1:] or [name for name in ROWS if name not in known]:
         if name not in ROWS:
             sys.exit(f"{name} is not one of {', '.join(ROWS)}")
-        taught = (*TAUGHT, SMALL_TEACHER) if name == "fire" else TAUGHT
+        taught = (*TAUGHT, SMALL_TEACHER, *(() if name == "fire" else (POLISH_TEACHER,)))
         settings = (*ROWS[name], *taught, "model=alexnet", "data=cifar10", f"data.root={data_root()}", "measure=none")
         report, seconds = compress(FOLDER, *settings, out=name)
         row = {"name": name, "settings": [*ROWS[name]], "wall_seconds": round(seconds), **figures(report)}

@@ -10,13 +10,11 @@ ended in this folder, on a machine with a GPU say, and measures only its times.
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from common import RESULTS, ROOT, cifar, compress, figures, finished, record
+from common import ROOT, cifar, compress, figures, finished, rows_by_name
 from torch import nn
 
 from compress.errors import ConfigError
@@ -70,18 +68,5 @@ def run(name: str, ended: str) -> dict[str, Any]:
     return row | figures(report)
 
 
-def main() -> None:
-    file = RESULTS / "channels.json"
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-    for argument in sys.argv[1:] or ROWS:
-        name, _, ended = argument.partition("=")
-        if name not in ROWS:
-            sys.exit(f"{name} is not one of {', '.join(ROWS)}")
-        row = run(name, ended)
-        known = {each["name"]: each for each in (*rows, row)}
-        rows = [known[each] for each in ROWS if each in known]
-        record("channels", rows, model=MODEL, data="CIFAR-10, 10,000 test images", seed=0)
-
-
 if __name__ == "__main__":
-    main()
+    rows_by_name("channels", ROWS, run, model=MODEL, data="CIFAR-10, 10,000 test images", seed=0)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -155,3 +155,19 @@ def record(
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(rows, indent=1))
+
+
+def rows_by_name(name: str, known: Collection[str], run: Callable[[str, str], dict[str, Any]], **context: Any) -> None:
+    """Make the rows that the command line asks for, or all `known`, by `run(ROW, FOLDER)`, and keep the others.
+
+    A row is asked for as ROW, or as ROW=FOLDER where its run has ended in a folder; else `run` gets "" for it.
+    """
+    file = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    for argument in sys.argv[1:] or known:
+        row, _, ended = argument.partition("=")
+        if row not in known:
+            sys.exit(f"{row} is not one of {', '.join(known)}")
+        made = {each["name"]: each for each in (*rows, run(row, ended))}
+        rows = [made[each] for each in known if each in made]
+        record(name, rows, **context)

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -56,8 +56,8 @@ SEEDS = (0, 1, 2)
 
 
 def trained(name: str, seed: int, protocol: str) -> dict[str, Any]:
-    net, settings = NETS[name], PROTOCOLS[protocol]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net, device = NETS[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = replace(PROTOCOLS[protocol], compile=protocol == "full" and device.type == "cuda")
     task = make_task(cifar10(root=data_root(), val_images=1, seed=seed), seed=seed, device=device)
     torch.manual_seed(seed)
     model = net.build()

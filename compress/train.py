@@ -11,7 +11,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from compress import optimizer
+from compress.compiled import Compiled
 from compress.errors import ConfigError, TrainingError
 from compress.files import write
 from compress.graphed import GraphedStep
 from compress.pruning import require_an_end
 from compress.task import Batches, Task, Work
-from compress.training import Training, answering, teacher_of
+from compress.training import Training, answering, mixed, teacher_of
 
 History = list[dict[str, Any]]
 LOOK_STEPS = 50  # on a GPU, how many steps there are from one look at the loss to the next
@@ -166,24 +167,27 @@ class _Run:
         self.wanted: Tensor | None = None  # the teacher's logits on val
         pulled = [module for module in model.modules() if hasattr(module, "penalty")]
         self.penalties = [m for m in pulled if m.penalty().requires_grad]  # type: ignore[operator]  # ours
-        self.teacher = teacher_of(settings, task) if settings.distill else None
-        if self.teacher is not None:
-            self.teacher = _channels_last(answering(self.teacher, task)).eval()
-        elif settings.distill:
-            raise ConfigError(
-                f"`distill` (={settings.distill}) needs a base to learn from; give a `teacher`, or set it to 0 here."
-            )
-
+        self.answer: Callable[[Tensor], Tensor] = Compiled(model) if settings.compile else model
+        self.teacher: Callable[[Tensor], Tensor] | None = None
+        if settings.distill:
+            teacher = teacher_of(settings, task)
+            if teacher is None:
+                what = f"`distill` (={settings.distill}) needs a base to learn from"
+                raise ConfigError(f"{what}; give a `teacher`, or set it to 0 here.")
+            teacher = _channels_last(answering(teacher, task)).eval()
+            self.teacher = Compiled(teacher) if settings.compile else teacher
         self.update = GraphedStep(self._update, model) if task.device.type == "cuda" else self._update
 
     def step(self, x: Tensor, y: Tensor, epoch: float) -> tuple[Tensor, Tensor]:
         """One optimizer step; gives back the loss and how many images were classified correctly."""
         optimizer.set_rate(self.optimizer, self.settings.lr * optimizer.schedule(epoch, self.settings))
+        if self.settings.mixup:
+            x, y = mixed(x, y, self.task.classes, self.settings.mixup)
         return self.update(_laid_out(x), y)
 
     def _update(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with self._autocast():
-            output = self.model(x)
+            output = self.answer(x)
             with torch.no_grad():
                 target = self.teacher(x) if self.teacher is not None else None
         output = output.float()
@@ -195,7 +199,7 @@ class _Run:
         self.optimizer.step()
         if self.average is not None:
             optimizer.blend(self.average, self.model, self.settings.average)
-        return loss.detach(), (output.argmax(1) == y).sum()
+        return loss.detach(), (output.argmax(1) == (y if y.dim() == 1 else y.argmax(1))).sum()
 
     def _loss(self, output: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
         loss = F.cross_entropy(output, y, label_smoothing=self.settings.label_smoothing)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from compress import checkpoint
 from compress.errors import ConfigError
@@ -33,6 +34,7 @@ class Training:
     weight_decay: float = 5e-4
     warmup_epochs: float = 0.25
     label_smoothing: float = 0.0
+    mixup: float = 0.0
     distill: float = 0.0
     temperature: float = 4.0
     clip: float = 0.0
@@ -40,6 +42,7 @@ class Training:
     keep: str = "last"
     batch_norm: str = "train"
     teacher: str = ""
+    compile: bool = False
 
     files: ClassVar[tuple[str, ...]] = ("teacher",)  # settings that name files, whose content counts
     trains: ClassVar[bool] = True
@@ -56,6 +59,7 @@ def training_problems(settings: Training) -> list[str]:
         ("weight_decay", 0.0, math.inf),
         ("warmup_epochs", 0.0, float(max(settings.epochs, 1))),
         ("label_smoothing", 0.0, 1.0),
+        ("mixup", 0.0, math.inf),
         ("distill", 0.0, 1.0),
         ("temperature", 0.0, math.inf),
         ("clip", 0.0, math.inf),
@@ -80,6 +84,16 @@ def training_problems(settings: Training) -> list[str]:
     if settings.teacher and not Path(settings.teacher).is_file():
         problems.append(f"`teacher` (={settings.teacher}) must be a checkpoint, and there is no such file.")
     return problems
+
+
+def mixed(x: Tensor, y: Tensor, classes: int, alpha: float) -> tuple[Tensor, Tensor]:
+    """Each image laid over another of the batch, its share drawn once from Beta(alpha, alpha); labels (N, classes).
+
+    Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+    """
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    labels = F.one_hot(y, classes).float()
+    return x.lerp(x.flip(0), 1 - share), labels.lerp(labels.flip(0), 1 - share)
 
 
 def teacher_of(settings: Training, task: Task) -> nn.Module | None:

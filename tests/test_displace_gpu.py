@@ -23,7 +23,11 @@ pytest.importorskip("triton", reason="Triton comes with torch's builds for GPUs"
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("whole", [False, True], ids=["bilinear", "whole"])
 @pytest.mark.parametrize("channels", [5, 70])
-def test_they_are_the_convolutions(last: bool, stride: int, whole: bool, channels: int) -> None:
+@pytest.mark.parametrize("turned", [False, True], ids=["where it lies", "turned"])
+def test_they_are_the_convolutions(
+    last: bool, stride: int, whole: bool, channels: int, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(displace, "TURNED_PROGRAMS", 1 if turned else 10**9)
     torch.manual_seed(0)
     layout = torch.channels_last if last else torch.contiguous_format
     x = torch.randn(2, channels, 7, 9, device=DEVICE).contiguous(memory_format=layout)

@@ -268,10 +268,11 @@ def test_every_legal_pair_runs_saves_and_reloads(first: str, second: str, tmp_pa
     for export in result.report["exports"]:
         assert {row["batch"] for row in export["parity"]} == {1, 2, 7}
         assert all(row["top1_agreement"] == 1.0 for row in export["parity"])
-        # onnxruntime may round a value that lies between two steps of a grid to the other one
+        # onnxruntime may round a value that lies between two steps of a grid to the other one: a step is at most 0.05
+        # here, and answers are about 10
         grids = Quantize | QuantizeDynamic | (MixedPrecision if export["file"] == "model.onnx" else Quantize)
-        if not any(isinstance(stage, grids) for stage in stages.values()):
-            assert all(row["max_abs"] < 1e-4 for row in export["parity"])
+        close = 0.5 if any(isinstance(stage, grids) for stage in stages.values()) else 1e-4
+        assert all(row["max_abs"] < close for row in export["parity"])
 
 
 def test_cards_have_every_heading() -> None:

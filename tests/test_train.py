@@ -24,6 +24,7 @@ from compress.stages import FineTune
 from compress.store import files_of
 from compress.task import Task, Work
 from compress.train import divergence, fit, logits
+from compress.training import mixed
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -88,6 +89,7 @@ class Breaks:
         FineTune(epochs=4, lr=0.05),
         FineTune(epochs=4, lr=0.01, optimizer="adamw", average=0.9, distill=0.5),
         FineTune(epochs=4, lr=0.05, keep="best"),
+        FineTune(epochs=4, lr=0.05, mixup=0.4),
     ],
 )
 @pytest.mark.parametrize("at", [0, 2])
@@ -232,3 +234,16 @@ def test_logits_are_in_float32_and_leave_the_mode_alone() -> None:
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FineTune(**settings)
+
+
+def test_mixup_lays_each_image_over_another_of_the_batch_and_its_label_too() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 5, 5), torch.tensor([0, 1, 2, 1])
+    shares = set()
+    for _ in range(3):
+        images, labels = mixed(x, y, 3, 1.0)
+        share = labels[0, 0]  # of image 0, the other being image 3, whose label is 1
+        torch.testing.assert_close(labels[0], torch.stack((share, 1 - share, torch.zeros(()))))
+        torch.testing.assert_close(images[0], share * x[0] + (1 - share) * x[3])
+        shares.add(round(float(share), 4))
+    assert len(shares) == 3  # drawn anew for each batch

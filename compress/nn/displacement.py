@@ -10,6 +10,7 @@ On the CPU it is a depthwise convolution; on a GPU with Triton, kernels of our o
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -143,4 +144,15 @@ def displace(
     through; with `normalize` the gradient of each channel's displacement has length 1 (Jeon & Kim, section 3.3). None
     is beyond `reach`, and the gradient of one that is there is that of the side that it can go to.
     """
-    return _Displace.apply(x, displacement, stride, quantize, normalize, reach)  # type: ignore[no-any-return,no-untyped-call]
+    return _applied(x, displacement, stride, quantize, normalize, reach)
+
+
+def _applied(*arguments: Any) -> Tensor:
+    return _Displace.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@cache
+def stay_apart() -> None:
+    """Have `torch.compile` call what displaces as it is, between compiled parts: it cannot follow that."""
+    global _applied
+    _applied = torch.compiler.disable(_applied)  # type: ignore[no-untyped-call]  # untyped in torch

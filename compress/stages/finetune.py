@@ -9,17 +9,22 @@ When to use it, and when not. After every stage that costs accuracy. With 1,000 
 
 Knobs. `epochs`; `lr` (peak, after a linear warm-up over `warmup_epochs`); `schedule`: cosine (down to zero) or step (a
 tenth after half of the epochs, a hundredth after three quarters: what papers before 2018 train with); `optimizer`: sgd
-(Nesterov, `momentum`) or adamw; `weight_decay` (weights only); `label_smoothing`; `distill`: share of the loss that is
-the divergence from the base's answers at `temperature`; `teacher`: a checkpoint (of a larger network, say) whose
-answers are learned in place of the base's; `clip`: bound on the gradient's norm, 0 is off; `average`: decay of a moving
-average of the weights, which is then what is kept, 0 is off; `keep`: last or best (on val); `batch_norm`: train, or
-frozen, which computes with the stored statistics: for small batches, and for networks whose file has the statistics
-merged into scale and bias (the published Active Shift networks). After `Quantize` batch norm is folded away, and
-nothing holds the weights' scale any more: take `lr: 1e-3` or less, and `clip: 1`.
+(Nesterov, `momentum`) or adamw; `weight_decay` (weights only); `label_smoothing`; `mixup`: images are laid over each
+other in shares of Beta(mixup, mixup), for long trainings that would learn the images by heart, 0 is off; `distill`:
+share of the loss that is the divergence from the base's answers at `temperature`; `teacher`: a checkpoint (of a larger
+network, say) whose answers are learned in place of the base's; `clip`: bound on the gradient's norm, 0 is off;
+`average`: decay of a moving average of the weights, which is then what is kept, 0 is off; `keep`: last or best (on
+val); `batch_norm`: train, or frozen, which computes with the stored statistics: for small batches, and for networks
+whose file has the statistics merged into scale and bias (the published Active Shift networks); `compile`: train by
+kernels that `torch.compile` makes first, which takes half a minute and pays in long trainings on a GPU. After
+`Quantize` batch norm is folded away, and nothing holds the weights' scale any more: take `lr: 1e-3` or less, and
+`clip: 1`.
 
-Measured. Throughput: `benchmarks/throughput.py`.
+Measured. Throughput: `benchmarks/throughput.py`. Long trainings on a GPU, compiled: `benchmarks/long_budgets.py`.
 
-Reference. Distillation: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
+Reference. Distillation: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015. With `mixup`, teacher and
+student see the same images: Beyer et al., "Knowledge Distillation: A Good Teacher Is Patient and Consistent", CVPR
+2022.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from torch import Tensor
 
 POSITIONS = 64  # of the map, handled by one program
 ROUNDS = 4  # blocks of positions that one program of the derivative's sum handles
+TURNED_POSITIONS, TURNED_CHANNELS = 64, 16  # that a program which turns maps round handles at a time
+TURNED_PROGRAMS = 256  # fewer of them leave a GPU idle: then each number is read where it lies
 
 
 @cache
@@ -46,6 +48,10 @@ def slopes(x: Tensor, displacement: Tensor, grad: Tensor, stride: int) -> Tensor
     """The derivative of the bilinear `move` after the displacements, (C, 2): that of the cell to the right of a lattice
     point. Sums run in float32 and in one order, so that the same numbers come out each time."""
     n, c, h, w = grad.shape
+    if _turns(x, grad):
+        parts = torch.empty(n, c, 2, dtype=torch.float32, device=x.device)
+        _turned("slopes", x, displacement, (grad, parts), stride, grad.shape)
+        return parts.sum(0)
     positions = n * h * w
     programs = -(-positions // (POSITIONS * ROUNDS))
     parts = torch.empty(programs, c, 2, dtype=torch.float32, device=x.device)
@@ -62,6 +68,9 @@ def _made(kernel: str, x: Tensor, displacement: Tensor, shape: tuple[int, ...], 
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    if _turns(x, y):
+        _turned(kernel, x, displacement, (y,), stride, y.shape, WHOLE=whole)
+        return y
     n, c, h, w = shape
     positions, block = n * h * w, _block(c)
     sizes = positions, c, h, w, x.shape[2], x.shape[3]
@@ -70,6 +79,25 @@ def _made(kernel: str, x: Tensor, displacement: Tensor, shape: tuple[int, ...], 
             x, displacement, y, *sizes, *x.stride(), *y.stride(), S=stride, P=POSITIONS, K=block, WHOLE=whole
         )
     return y
+
+
+def _turns(*maps: Tensor) -> bool:
+    """Whether maps are turned round first: where channels lie side by side, and there is enough to do."""
+    last = all(x.is_contiguous(memory_format=torch.channels_last) for x in maps)
+    return last and len(maps[0]) * -(-maps[0].shape[1] // TURNED_CHANNELS) >= TURNED_PROGRAMS
+
+
+def _turned(
+    name: str, x: Tensor, displacement: Tensor, others: tuple[Tensor, ...], stride: int, shape: torch.Size, **more: bool
+) -> None:
+    """Run the kernel that turns `x` round first; `others` are what it reads or writes besides, of a map's `shape`."""
+    n, c, h, w = shape
+    blocks = {"P": TURNED_POSITIONS, "K": TURNED_CHANNELS}
+    sizes = c, h, w, x.shape[2], x.shape[3]
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # untyped in torch
+        getattr(_kernels(), f"{name}_turned")[n, -(-c // TURNED_CHANNELS)](
+            x, torch.empty_like(x), displacement, *others, *sizes, S=stride, **blocks, **more
+        )
 
 
 def _block(channels: int) -> int:

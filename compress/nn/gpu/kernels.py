@@ -5,6 +5,10 @@
 A program handles P positions (image, row, column) of the map that is written, or summed over, and K channels. Strides
 are those of (N, C, H, W). What belongs to a position alone or to a channel alone is computed for that alone; for each
 number there is one addition and two comparisons.
+
+Those whose names end in `_turned` are for channels last, where channels that lie side by side are read from different
+places: a program first turns one image's map of K channels round, in `turned` (N, C, positions), and then reads
+positions that lie side by side.
 """
 
 from __future__ import annotations
@@ -21,13 +25,20 @@ def _positions(first, positions, height, width, P: tl.constexpr):
 
 
 @triton.jit
-def _channels(d, channels, K: tl.constexpr):
-    """K channels, and the whole part (down, right) and the rest (b, a) of their displacements; each (1, K)."""
-    c = tl.program_id(1) * K + tl.arange(0, K)[None, :]
+def _parts(d, c, channels):
+    """The whole part (down, right) and the rest (b, a) of the displacements of channels; each as `c`."""
     dy = tl.load(d + 2 * c, mask=c < channels, other=0.0)
     dx = tl.load(d + 2 * c + 1, mask=c < channels, other=0.0)
     top, left = tl.floor(dy), tl.floor(dx)
-    return c, top.to(tl.int32), left.to(tl.int32), dy - top, dx - left
+    return top.to(tl.int32), left.to(tl.int32), dy - top, dx - left
+
+
+@triton.jit
+def _channels(d, channels, K: tl.constexpr):
+    """K channels, and the whole part (down, right) and the rest (b, a) of their displacements; each (1, K)."""
+    c = tl.program_id(1) * K + tl.arange(0, K)[None, :]
+    down, right, b, a = _parts(d, c, channels)
+    return c, down, right, b, a
 
 
 @triton.jit
@@ -116,3 +127,100 @@ def slopes(
     inside = c < channels
     tl.store(place, tl.sum(by_y, 0)[None, :], mask=inside)
     tl.store(place + 1, tl.sum(by_x, 0)[None, :], mask=inside)
+
+
+@triton.jit
+def _turn(x, turned, channels, size: tl.constexpr, P: tl.constexpr, K: tl.constexpr):
+    """Copy one image's map of K channels, `size` positions, from channels last; gives back where the copy starts, and
+    the channels (K, 1)."""
+    c = tl.program_id(1) * K + tl.arange(0, K)[:, None]
+    start = tl.program_id(0).to(tl.int64) * size * channels
+    for first in range(0, size, P):
+        p = first + tl.arange(0, P)[None, :]
+        fine = (p < size) & (c < channels)
+        value = tl.load(x + start + (p * channels + c), mask=fine, other=0.0)
+        tl.store(turned + start + (c * size + p), value, mask=fine)
+    tl.debug_barrier()  # what other threads of this program have copied is read next
+    return turned + start + c * size, c
+
+
+@triton.jit
+def _at(source, fine, row, column, height, width):
+    """The numbers of turned maps at rows and columns, in float32; zero outside."""
+    inside = fine & _within(row, height) & _within(column, width)
+    return tl.load(source + (row * width + column), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def move_turned(
+    x, turned, d, y, channels, height: tl.constexpr, width: tl.constexpr, x_height: tl.constexpr, x_width: tl.constexpr,
+    S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What `move` does, for one image's map of K channels, P positions at a time."""
+    source, c = _turn(x, turned, channels, x_height * x_width, P, K)
+    down, right, b, a = _parts(d, c, channels)
+    size: tl.constexpr = height * width
+    start = y + tl.program_id(0).to(tl.int64) * size * channels
+    for first in range(0, size, P):
+        q = first + tl.arange(0, P)[None, :]
+        fine = (q < size) & (c < channels)
+        row, column = q // width * S + down, q % width * S + right
+        total = _at(source, fine, row, column, x_height, x_width)
+        if not WHOLE:
+            total *= (1 - b) * (1 - a)
+            total += _at(source, fine, row, column + 1, x_height, x_width) * ((1 - b) * a)
+            total += _at(source, fine, row + 1, column, x_height, x_width) * (b * (1 - a))
+            total += _at(source, fine, row + 1, column + 1, x_height, x_width) * (b * a)
+        tl.store(start + (q * channels + c), total.to(y.dtype.element_ty), mask=fine)
+
+
+@triton.jit
+def move_back_turned(
+    g, turned, d, y, channels, height: tl.constexpr, width: tl.constexpr, g_height: tl.constexpr, g_width: tl.constexpr,
+    S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What `move_back` does, for one image's map of K channels, P positions at a time."""
+    source, c = _turn(g, turned, channels, g_height * g_width, P, K)
+    down, right, b, a = _parts(d, c, channels)
+    size: tl.constexpr = height * width
+    start = y + tl.program_id(0).to(tl.int64) * size * channels
+    for first in range(0, size, P):
+        q = first + tl.arange(0, P)[None, :]
+        fine = (q < size) & (c < channels)
+        row, column = q // width - down, q % width - right
+        total = _at(source, fine, _taken(row, S), _taken(column, S), g_height, g_width)
+        if not WHOLE:
+            total *= (1 - b) * (1 - a)
+            total += _at(source, fine, _taken(row, S), _taken(column - 1, S), g_height, g_width) * ((1 - b) * a)
+            total += _at(source, fine, _taken(row - 1, S), _taken(column, S), g_height, g_width) * (b * (1 - a))
+            total += _at(source, fine, _taken(row - 1, S), _taken(column - 1, S), g_height, g_width) * (b * a)
+        tl.store(start + (q * channels + c), total.to(y.dtype.element_ty), mask=fine)
+
+
+@triton.jit
+def slopes_turned(
+    x, turned, d, g, parts, channels,
+    height: tl.constexpr, width: tl.constexpr, x_height: tl.constexpr, x_width: tl.constexpr,
+    S: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """What `slopes` does, for one image's map of K channels, P positions at a time."""
+    source, c = _turn(x, turned, channels, x_height * x_width, P, K)
+    down, right, b, a = _parts(d, c, channels)
+    size: tl.constexpr = height * width
+    start = g + tl.program_id(0).to(tl.int64) * size * channels
+    by_y = tl.zeros((K, P), tl.float32)
+    by_x = tl.zeros((K, P), tl.float32)
+    for first in range(0, size, P):
+        q = first + tl.arange(0, P)[None, :]
+        fine = (q < size) & (c < channels)
+        grad = tl.load(start + (q * channels + c), mask=fine, other=0.0).to(tl.float32)
+        row, column = q // width * S + down, q % width * S + right
+        here = _at(source, fine, row, column, x_height, x_width)
+        beside = _at(source, fine, row, column + 1, x_height, x_width)
+        under = _at(source, fine, row + 1, column, x_height, x_width)
+        across = _at(source, fine, row + 1, column + 1, x_height, x_width)
+        by_y += grad * ((1 - a) * (under - here) + a * (across - beside))
+        by_x += grad * ((1 - b) * (beside - here) + b * (across - under))
+    place = parts + (tl.program_id(0) * channels + c) * 2
+    tl.store(place, tl.sum(by_y, 1)[:, None], mask=c < channels)
+    tl.store(place + 1, tl.sum(by_x, 1)[:, None], mask=c < channels)
