@@ -4,7 +4,7 @@ Wu et al., "Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Convolutio
 one for whole pixels. Jeon & Kim, NeurIPS 2018, section 3.2, for the bilinear one and its derivatives.
 
 Needs Triton, which comes with torch's builds for GPUs; see `available`. Tensors may lie in any memory order; channels
-last is the fastest.
+last is the fastest, by kernels that are compiled once for each size of map.
 """
 
 from __future__ import annotations
