@@ -69,7 +69,7 @@ def _made(kernel: str, x: Tensor, displacement: Tensor, shape: tuple[int, ...], 
     layout = torch.channels_last if last else torch.contiguous_format
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     if _turns(x, y):
-        _turned(kernel, x, displacement, (y,), stride, y.shape, WHOLE=whole)
+        _turned("move", x, displacement, (y,), stride, y.shape, WHOLE=whole, BACK=kernel == "move_back")
         return y
     n, c, h, w = shape
     positions, block = n * h * w, _block(c)

@@ -152,11 +152,19 @@ def _at(source, fine, row, column, height, width):
 
 
 @triton.jit
+def _from(at, moved, on: tl.constexpr, S: tl.constexpr, BACK: tl.constexpr):
+    """From which rows (or columns) the rows `at` are read, and `on` further; -1 for one that is not there."""
+    if BACK:
+        return _taken(at - moved - on, S)
+    return at * S + moved + on
+
+
+@triton.jit
 def move_turned(
     x, turned, d, y, channels, height: tl.constexpr, width: tl.constexpr, x_height: tl.constexpr, x_width: tl.constexpr,
-    S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr,
+    S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """What `move` does, for one image's map of K channels, P positions at a time."""
+    """What `move` does, or with BACK what `move_back` does, for one image's map of K channels, P positions at a time."""
     source, c = _turn(x, turned, channels, x_height * x_width, P, K)
     down, right, b, a = _parts(d, c, channels)
     size: tl.constexpr = height * width
@@ -164,36 +172,14 @@ def move_turned(
     for first in range(0, size, P):
         q = first + tl.arange(0, P)[None, :]
         fine = (q < size) & (c < channels)
-        row, column = q // width * S + down, q % width * S + right
+        row, column = _from(q // width, down, 0, S, BACK), _from(q % width, right, 0, S, BACK)
         total = _at(source, fine, row, column, x_height, x_width)
         if not WHOLE:
+            under, beside = _from(q // width, down, 1, S, BACK), _from(q % width, right, 1, S, BACK)
             total *= (1 - b) * (1 - a)
-            total += _at(source, fine, row, column + 1, x_height, x_width) * ((1 - b) * a)
-            total += _at(source, fine, row + 1, column, x_height, x_width) * (b * (1 - a))
-            total += _at(source, fine, row + 1, column + 1, x_height, x_width) * (b * a)
-        tl.store(start + (q * channels + c), total.to(y.dtype.element_ty), mask=fine)
-
-
-@triton.jit
-def move_back_turned(
-    g, turned, d, y, channels, height: tl.constexpr, width: tl.constexpr, g_height: tl.constexpr, g_width: tl.constexpr,
-    S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """What `move_back` does, for one image's map of K channels, P positions at a time."""
-    source, c = _turn(g, turned, channels, g_height * g_width, P, K)
-    down, right, b, a = _parts(d, c, channels)
-    size: tl.constexpr = height * width
-    start = y + tl.program_id(0).to(tl.int64) * size * channels
-    for first in range(0, size, P):
-        q = first + tl.arange(0, P)[None, :]
-        fine = (q < size) & (c < channels)
-        row, column = q // width - down, q % width - right
-        total = _at(source, fine, _taken(row, S), _taken(column, S), g_height, g_width)
-        if not WHOLE:
-            total *= (1 - b) * (1 - a)
-            total += _at(source, fine, _taken(row, S), _taken(column - 1, S), g_height, g_width) * ((1 - b) * a)
-            total += _at(source, fine, _taken(row - 1, S), _taken(column, S), g_height, g_width) * (b * (1 - a))
-            total += _at(source, fine, _taken(row - 1, S), _taken(column - 1, S), g_height, g_width) * (b * a)
+            total += _at(source, fine, row, beside, x_height, x_width) * ((1 - b) * a)
+            total += _at(source, fine, under, column, x_height, x_width) * (b * (1 - a))
+            total += _at(source, fine, under, beside, x_height, x_width) * (b * a)
         tl.store(start + (q * channels + c), total.to(y.dtype.element_ty), mask=fine)
 
 
