@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class Compiled:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        _require_compiler(next(model.parameters()).device)
+        _require_compiler(next(chain(model.parameters(), model.buffers())).device)
         stay_apart()
         self.model = model
         self.compiled = torch.compile(model, dynamic=False)
@@ -40,7 +41,9 @@ class Compiled:
 
 def _require_compiler(device: torch.device) -> None:
     try:
-        torch.compile(_more)(torch.zeros(1, device=device))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of what it imports for this
+            torch.compile(_more)(torch.zeros(1, device=device))
     except Exception as error:  # whatever the many layers below raise
         why = str(error).strip().partition("\n")[0]
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ def test_it_trains_to_the_same_numbers(tmp_path: Path, traced: list[torch.fx.Gra
         )  # fmt: skip
         results.append(trained(model, tmp_path / str(compiled), compile=compiled).state_dict())
     assert len(traced) > 1  # and displacing, which is not in them, stands between
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile makes its kernels for CPUs with a C++ compiler")
+def test_with_the_compilers_own_kernels_too(tmp_path: Path) -> None:
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(252, 3))
+        results.append(trained(model, tmp_path / str(compiled), compile=compiled).state_dict())
     for name, tensor in results[0].items():
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-5, msg=name)
 

@@ -164,7 +164,7 @@ def move_turned(
     x, turned, d, y, channels, height: tl.constexpr, width: tl.constexpr, x_height: tl.constexpr, x_width: tl.constexpr,
     S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """What `move` does, or with BACK what `move_back` does, for one image's map of K channels, P positions at a time."""
+    """What `move` does (with BACK, `move_back`), for one image's map of K channels, P positions at a time."""
     source, c = _turn(x, turned, channels, x_height * x_width, P, K)
     down, right, b, a = _parts(d, c, channels)
     size: tl.constexpr = height * width
