@@ -74,13 +74,9 @@ def _what(recipe: str, model: str, seed: int, arguments: Sequence[str]) -> dict[
     return {"recipe": recipe, "model": model, "seed": seed, "stages": stages}
 
 
-def finished(folder: Path, recipe: str, model: str, settings: Sequence[str] = ()) -> dict[str, Any]:
-    """The report of a run that ended elsewhere, on a machine with a GPU say, the latencies of its files measured here.
-
-    `folder` holds the run's report and its two checkpoints; the run must be that of `recipe`, `model` and `settings`.
-    Measure when nothing else runs.
-    """
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+def ended(folder: Path, recipe: str, model: str, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """The report of a run that ended in `folder`; it must be that of `recipe`, `model` and `settings`."""
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     seed = int(dict(each.split("=", 1) for each in settings if "=" in each).get("seed", 0))
     wanted = _what(recipe, model, seed, settings)
     factory = report["model"]["factory"].rpartition(".")[2]
@@ -88,6 +84,11 @@ def finished(folder: Path, recipe: str, model: str, settings: Sequence[str] = ()
     differ = [f"{key} {ran[key]}, where the row has {wanted[key]}" for key in wanted if ran[key] != wanted[key]]
     if differ:
         sys.exit(f"{folder} holds another run: {'; '.join(differ)}")
+    return report
+
+
+def timed(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The report of a run, the latencies of its two checkpoints in `folder` measured here. When nothing else runs."""
     with tempfile.TemporaryDirectory() as name:
         paths = {}
         for row, file in ((report["rows"][0], "base"), (report["rows"][-1], "model")):
@@ -99,6 +100,11 @@ def finished(folder: Path, recipe: str, model: str, settings: Sequence[str] = ()
     for row in report["rows"]:
         row["latency"] = asdict(measured[row["name"]]) if row["name"] in measured else None
     return report
+
+
+def finished(folder: Path, recipe: str, model: str, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """The report of a run that ended elsewhere, on a machine with a GPU say, its latencies measured here."""
+    return timed(folder, ended(folder, recipe, model, settings))
 
 
 def where(hardware: dict[str, Any]) -> str:
