@@ -236,6 +236,7 @@ def long_budgets(contents: list[Row]) -> str:
         "against base, points": lambda row: interval(row["paired"]),
         "time against base": lambda row: ratio(row["latency"]),
         "computed on": lambda row: ", then ".join(dict.fromkeys((row["first"]["on"], row["on"]))),
+        "threads": lambda row: "-" if row["threads"] is None else str(row["threads"]),
     }
     places = [place for row in content["rows"] for place in (row["first"], row)]
     caption = (

@@ -82,6 +82,7 @@ def run(name: str, elsewhere: str) -> dict[str, Any]:
     taught = json.loads((folder / "teacher" / "report.json").read_text(encoding="utf-8"))
     row = {"name": name, "recipe": recipe, "model": model, "teacher": [*taught_by, *DATA]}
     row |= {"settings": [*DATA, *settings], "teacher_top1": taught["rows"][0]["accuracy"]["top1"], "again": AGAIN[name]}
+    row |= {"threads": report["hardware"]["torch_threads"] if report["device"] == "cpu" else None}
     brought = figures(first)
     row |= {"first": {key: brought[key] for key in ("top1", "steps", "seconds", "on", "versions")}}
     return row | figures(timed(last, report))
