@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ class Compiled:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        _require_compiler(next(chain(model.parameters(), model.buffers())).device)
+        _require_compiler(next(model.parameters()).device)
         stay_apart()
         self.model = model
         self.compiled = torch.compile(model, dynamic=False)
